@@ -1,0 +1,141 @@
+"""Configuration of an Esoteric Language Model (Eso-LM)."""
+
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import RopeParameters
+
+
+class EsoConfig(PreTrainedConfig):
+    r"""Sizes, special tokens and phase mixture of an Eso-LM (arXiv 2506.01928).
+
+    The defaults are the paper's small model: GPT-2's vocabulary plus a mask token, 1024 positions.
+
+    Args:
+        vocab_size (`int`, defaults to 50258): Number of token ids, the mask included.
+        mask_token_id (`int`, *optional*): Id of the mask m. `None`: the last id of the vocabulary.
+        hidden_size (`int`, defaults to 768): Width of the residual stream.
+        num_hidden_layers (`int`, defaults to 12): Number of layers.
+        num_attention_heads (`int`, defaults to 12): Number of heads; their width must be even (rotary halves).
+        intermediate_size (`int`, *optional*): Width inside the MLP. `None`: 4 x `hidden_size`.
+        cond_dim (`int`, defaults to 128): Width of the conditioning vector behind every shift, scale and gate.
+        max_position_embeddings (`int`, defaults to 1024): Positions seen in training. Nothing is sized by it:
+            rotary angles are computed for any position.
+        hidden_dropout (`float`, defaults to 0.1): Dropout of the attention and MLP outputs, in training.
+        layer_norm_eps (`float`, defaults to 1e-5): Epsilon of the layer norms.
+        rope_parameters (`dict`, *optional*): Rotary parameters as in every transformers model.
+            `None`: `{"rope_type": "default", "rope_theta": 10000.0}`.
+        alpha_0 (`float`, defaults to 1.0): Expected fraction of the tokens that the diffusion phase decodes:
+            1 is a pure masked diffusion model, 0 a pure left-to-right AR model. Generation and likelihood
+            take it from here unless told otherwise.
+        pad_token_id, bos_token_id (`int`, *optional*): Padding and beginning-of-text ids.
+        eos_token_id (`int` or `list[int]`, *optional*): End-of-text id or ids.
+        tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
+
+    Raises:
+        ValueError: when a field is out of its range; the message names the field, its value and what would do.
+    """
+
+    model_type = "eso"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a class attribute that transformers reads)
+    base_model_tp_plan = {  # noqa: RUF012
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 50258
+    mask_token_id: int | None = None
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    cond_dim: int = 128
+    max_position_embeddings: int = 1024
+    hidden_dropout: float = 0.1
+    layer_norm_eps: float = 1e-5
+    rope_parameters: RopeParameters | dict | None = None
+    alpha_0: float = 1.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None and _is_integer(self.hidden_size):
+            self.intermediate_size = 4 * self.hidden_size
+        if self.mask_token_id is None and _is_integer(self.vocab_size):
+            self.mask_token_id = self.vocab_size - 1
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    def validate(self):
+        """Checks every field again, as `save_pretrained` does before it writes."""
+        self.validate_architecture()
+        super().validate()
+
+    def validate_architecture(self):
+        """Raises a ValueError for the first field that is out of its range."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "cond_dim",
+            "max_position_embeddings",
+        ):
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if self.hidden_size % (2 * self.num_attention_heads) != 0:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 2 x `num_attention_heads`, so that every head has an even "
+                f"width (rotary embeddings turn pairs), got hidden_size={self.hidden_size} and "
+                f"num_attention_heads={self.num_attention_heads}."
+            )
+        for name, low, high in (("alpha_0", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not _is_number(value) or not low <= value <= high:
+                raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
+        if not _is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
+            raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
+        if not isinstance(self.tie_word_embeddings, bool):
+            raise ValueError(f"`tie_word_embeddings` must be True or False, got {self.tie_word_embeddings!r}.")
+
+        if not self._is_token_id(self.mask_token_id):
+            raise ValueError(
+                f"`mask_token_id` must be an id of the vocabulary, in [0, {self.vocab_size - 1}], "
+                f"got {self.mask_token_id!r}."
+            )
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            value = getattr(self, name)
+            for token_id in value if isinstance(value, (list, tuple)) else [value]:
+                if token_id is None:
+                    continue
+                if not self._is_token_id(token_id):
+                    raise ValueError(
+                        f"`{name}` must be None or an id of the vocabulary, in [0, {self.vocab_size - 1}], got {value!r}."
+                    )
+                if token_id == self.mask_token_id:
+                    raise ValueError(
+                        f"`{name}` and `mask_token_id` are both {token_id}: the mask is never a token of a text, "
+                        f"so it needs an id of its own."
+                    )
+
+    def _is_token_id(self, value) -> bool:
+        return _is_integer(value) and 0 <= value < self.vocab_size
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+EsoConfig.register_for_auto_class()
+
+__all__ = ["EsoConfig"]

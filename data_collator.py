@@ -1,0 +1,214 @@
+"""The hybrid objective of an Eso-LM as a data collator: all that is random about a training batch happens here."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from .generation_order import order_of_slots, text_positions
+from .noise_schedule import keep_probability, nelbo_weight, sample_times
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class DataCollatorForHybridMaskedDiffusion:
+    """Masks, reorders and weighs a batch, so that the model's loss on it estimates the NELBO per token.
+
+    Part of the rows feed the diffusion term (masked at a random time t, in uniform order, weight w(t)), the others the
+    sequential term (masked at t = 0, the masks left to right, weight 1). Each term is normalised by the valid tokens of
+    its own rows, so the loss, in nats per token, is the sum of both (arXiv 2506.01928, section 3). A batch too small to
+    split draws the phase of each row at random, with weights that keep the sum unbiased.
+
+    Args:
+        tokenizer: Where `mask_token_id` and `pad_token_id` come from when they are not given.
+        mask_token_id: Id of the mask.
+        pad_token_id: Id to pad with; needed when the examples of a batch differ in length.
+        alpha_0: Expected fraction of tokens of the diffusion phase, in [0, 1]. Give the model's `config.alpha_0`.
+        diffusion_fraction: Fraction of the rows that feed the diffusion term. `None`: 1 at α_0 = 1, 0 at α_0 = 0, else
+            0.5.
+        loss_type: "elbo", or, at α_0 = 1 and for training only, "low_var", which sets w(t) to 1.
+        seed: `None`: new noise for every batch, different between workers, ranks and epochs, drawn from torch's global
+            random state. A number: the noise is a function of the seed and the batch alone, for evaluation.
+        pad_to_multiple_of: Rounds the padded length up.
+
+    Each example has "input_ids", and may have "attention_mask" (0 at padding, on either side) and "labels" (-100 at
+    the prompt, which stays clean and comes first; elsewhere equal to `input_ids`). A batch has, in generation order:
+    `input_ids`, `position_ids`, `labels` (batch, slots), `loss_weights` (batch, slots), `sequential_rows` (batch,).
+
+    Evaluate with `dataclasses.replace(collator, loss_type="elbo", seed=0)`.
+
+    Raises:
+        ValueError: for settings out of range, and for examples that cannot be masked.
+    """
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    mask_token_id: int | None = None
+    pad_token_id: int | None = None
+    alpha_0: float = 1.0
+    diffusion_fraction: float | None = None
+    loss_type: str = "elbo"
+    seed: int | None = None
+    pad_to_multiple_of: int | None = None
+
+    def __post_init__(self):
+        if self.mask_token_id is None:
+            self.mask_token_id = getattr(self.tokenizer, "mask_token_id", None)
+        if self.mask_token_id is None:
+            raise ValueError("`mask_token_id` must be given, or a `tokenizer` that has a mask token.")
+        if self.pad_token_id is None:
+            self.pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+        if not 0 <= self.alpha_0 <= 1:
+            raise ValueError(f"`alpha_0` must be in [0, 1], got {self.alpha_0}.")
+        if self.diffusion_fraction is None:
+            self.diffusion_fraction = float(self.alpha_0) if self.alpha_0 in (0, 1) else 0.5
+        if self.alpha_0 in (0, 1):
+            if self.diffusion_fraction != self.alpha_0:
+                raise ValueError(
+                    f"`diffusion_fraction` must be {self.alpha_0:g} at alpha_0={self.alpha_0:g}, where the other phase "
+                    f"has no tokens, got {self.diffusion_fraction}."
+                )
+        elif not 0 < self.diffusion_fraction < 1:
+            raise ValueError(
+                f"`diffusion_fraction` must be in (0, 1) at alpha_0={self.alpha_0:g}, or a term of the objective would "
+                f"be missing, got {self.diffusion_fraction}."
+            )
+        if self.loss_type not in ("elbo", "low_var"):
+            raise ValueError(f"`loss_type` must be 'elbo' or 'low_var', got {self.loss_type!r}.")
+        if self.loss_type == "low_var" and self.alpha_0 != 1:
+            raise ValueError(f"`loss_type='low_var'` is defined at alpha_0=1 only, got alpha_0={self.alpha_0}.")
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"`pad_to_multiple_of` must be a positive integer, got {self.pad_to_multiple_of}.")
+
+    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, is_real, labels = self._stack(examples)
+        generator = self._generator(input_ids)
+        counts = labels != IGNORED_LABEL  # the valid tokens: they may be masked, and the loss is per one of them
+
+        sequential_rows, row_weights = self._split(counts, generator)
+        diffusion_rows = ~sequential_rows
+        keep = torch.full((len(input_ids),), self.alpha_0, dtype=torch.float64)
+        t = sample_times(int(diffusion_rows.sum()), generator)
+        keep[diffusion_rows] = keep_probability(t, self.alpha_0)
+        if self.loss_type == "elbo":
+            row_weights[diffusion_rows] *= nelbo_weight(t, self.alpha_0)
+
+        noise = torch.rand(input_ids.shape, dtype=torch.float64, generator=generator)
+        is_masked = counts & (noise >= keep[:, None])
+        positions = text_positions(is_real)
+        order = self._order(is_real, counts, is_masked, positions, sequential_rows, generator)
+        return {
+            "input_ids": input_ids.masked_fill(is_masked, self.mask_token_id).gather(1, order),
+            "position_ids": positions.gather(1, order),
+            "labels": labels.gather(1, order),
+            "loss_weights": (is_masked * row_weights[:, None]).float().gather(1, order),
+            "sequential_rows": sequential_rows,
+        }
+
+    def _stack(self, examples: list[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Pads the examples to `input_ids`, `is_real` and `labels`, (batch, length) each, in text order."""
+        rows = [self._row(example, index) for index, example in enumerate(examples)]
+        lengths = {len(input_ids) for input_ids, _, _ in rows}
+        if not rows or lengths == {0}:
+            raise ValueError("`examples` must hold at least one token.")
+        multiple = self.pad_to_multiple_of or 1
+        missing = -max(lengths) % multiple
+        if self.pad_token_id is None and (len(lengths) > 1 or missing):
+            raise ValueError(
+                f"`pad_token_id` must be given, by itself or by the `tokenizer`: the examples have the lengths "
+                f"{sorted(lengths)} and need padding."
+            )
+        fill_values = (self.pad_token_id or 0, False, IGNORED_LABEL)
+        columns = []
+        for column, fill_value in zip(zip(*rows, strict=True), fill_values, strict=True):
+            padded = pad_sequence(column, batch_first=True, padding_value=fill_value)
+            columns.append(torch.nn.functional.pad(padded, (0, missing), value=fill_value))
+        return tuple(columns)
+
+    def _row(self, example: Mapping[str, Any], index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Tokens, their reality and their labels of one example, (length,) each, checked."""
+        if "input_ids" not in example:
+            raise ValueError(f"Every example needs `input_ids`; example {index} has {sorted(example)}.")
+        input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
+        if input_ids.dim() != 1:
+            raise ValueError(f"`input_ids` of an example must be a list of ids, got shape {tuple(input_ids.shape)}.")
+        attention_mask = example.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        is_real = torch.as_tensor(attention_mask, dtype=torch.bool)
+        labels = example.get("labels")
+        labels = input_ids if labels is None else torch.as_tensor(labels, dtype=torch.long)
+        for name, values in (("attention_mask", is_real), ("labels", labels)):
+            if values.shape != input_ids.shape:
+                raise ValueError(
+                    f"`{name}` of example {index} must be as long as its `input_ids` ({len(input_ids)}), "
+                    f"got shape {tuple(values.shape)}."
+                )
+        labels = labels.masked_fill(~is_real, IGNORED_LABEL)
+        if (input_ids[is_real] == self.mask_token_id).any():
+            raise ValueError(
+                f"Example {index} holds the mask id {self.mask_token_id}: the collator draws the masks itself."
+            )
+        if ((labels != input_ids) & (labels != IGNORED_LABEL)).any():
+            raise ValueError(
+                f"`labels` of example {index} must equal `input_ids`, or {IGNORED_LABEL} at the prompt: "
+                f"an Eso-LM predicts the token at its own slot."
+            )
+        return input_ids, is_real, labels
+
+    def _split(self, counts: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draws which rows are sequential, (batch,) bool, and each row's weight for its phase, (batch,) float64.
+
+        The model divides by all valid tokens of the batch; the weights turn that into the valid tokens of the phase.
+        """
+        num_rows, fraction = len(counts), self.diffusion_fraction
+        num_diffusion = round(fraction * num_rows)
+        if fraction in (0, 1):
+            return torch.full((num_rows,), fraction == 0), torch.ones(num_rows, dtype=torch.float64)
+        if num_diffusion in (0, num_rows):
+            sequential_rows = torch.rand(num_rows, dtype=torch.float64, generator=generator) >= fraction
+            return sequential_rows, torch.where(sequential_rows, 1 / (1 - fraction), 1 / fraction).double()
+        sequential_rows = torch.ones(num_rows, dtype=torch.bool)
+        sequential_rows[torch.randperm(num_rows, generator=generator)[:num_diffusion]] = False
+        num_tokens = counts.sum(dim=-1).double()
+        row_weights = torch.empty(num_rows, dtype=torch.float64)
+        for phase in (sequential_rows, ~sequential_rows):
+            row_weights[phase] = num_tokens.sum() / num_tokens[phase].sum().clamp(min=1)
+        return sequential_rows, row_weights
+
+    def _order(
+        self,
+        is_real: torch.Tensor,
+        counts: torch.Tensor,
+        is_masked: torch.Tensor,
+        positions: torch.Tensor,
+        sequential_rows: torch.Tensor,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        """Prompt left to right, clean tokens in uniform order, masks in the order of their phase, then padding."""
+        group = torch.ones_like(positions)
+        group[is_real & ~counts] = 0
+        group[is_masked] = 2
+        group[~is_real] = 3
+        is_left_to_right = (group == 0) | (is_masked & sequential_rows[:, None])
+        noise = torch.rand(positions.shape, dtype=torch.float64, generator=generator)
+        return order_of_slots(group, torch.where(is_left_to_right, positions.double(), noise))
+
+    def _generator(self, input_ids: torch.Tensor) -> torch.Generator:
+        if self.seed is None:
+            # torch seeds its global state differently in every dataloader worker and epoch, but alike on every rank.
+            entropy = [int(torch.randint(2**62, ())), int(os.environ.get("RANK", 0))]
+        else:
+            digest = hashlib.blake2b(input_ids.numpy().tobytes(), digest_size=16).digest()
+            entropy = [self.seed, int.from_bytes(digest, "little")]
+        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+        return torch.Generator().manual_seed(seed % 2**63)
+
+
+__all__ = ["DataCollatorForHybridMaskedDiffusion"]

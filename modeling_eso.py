@@ -1,0 +1,627 @@
+"""Esoteric Language Models (arXiv 2506.01928): backbone and masked-diffusion head.
+
+The backbone is a causal transformer over (token, position) pairs laid out in *generation order*: slot s holds the
+token of text position σ(s), carries that position's rotary angle, attends to slots <= s, and predicts its own token
+(there is no next-token shift). Keys and values of decoded tokens therefore never change, and a KV cache is exact.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import is_flash_attention_requested
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_eso import EsoConfig
+from .generation import EsoGenerationConfig, EsoGenerationMixin
+from .generation_order import order_of_slots, text_positions
+
+
+class EsoTimestepEmbedding(nn.Module):
+    """The conditioning vector c = SiLU(MLP(sinusoid(sigma))), (cond_dim,).
+
+    sigma is always 0 (the model does not depend on time), where the sinusoid is 1 in its cosine half and 0 in its
+    sine half: c is a constant of the weights.
+    """
+
+    sinusoid_width = 256
+
+    def __init__(self, config: EsoConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(self.sinusoid_width, config.cond_dim)
+        self.out_proj = nn.Linear(config.cond_dim, config.cond_dim)
+
+    def forward(self) -> torch.Tensor:
+        weight = self.in_proj.weight
+        sinusoid = torch.zeros(self.sinusoid_width, dtype=weight.dtype, device=weight.device)
+        sinusoid[: self.sinusoid_width // 2] = 1
+        return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))
+
+
+class EsoModulation(nn.Linear):
+    """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates)."""
+
+    def __init__(self, config: EsoConfig, num_vectors: int):
+        super().__init__(config.cond_dim, num_vectors * config.hidden_size)
+        self.num_vectors = num_vectors
+
+    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(conditioning).chunk(self.num_vectors)
+
+
+class EsoLayerNorm(nn.Module):
+    """LayerNorm with a weight and no bias, modulated: LN(x) * (1 + scale) + shift, in float32.
+
+    Scale and shift are constants of the weights, so they join the norm's own weight and bias in one kernel.
+    """
+
+    def __init__(self, config: EsoConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.layer_norm_eps
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.float() * (1 + scale.float())
+        normed = F.layer_norm(hidden_states.float(), weight.shape, weight, shift.float(), self.eps)
+        return normed.to(hidden_states.dtype)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelled out, for `output_attentions`; the mask is additive or boolean (True = visible)."""
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        if attention_mask.dtype == torch.bool:
+            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class EsoAttention(nn.Module):
+    """Multi-head attention with rotary positions, causal over slots."""
+
+    def __init__(self, config: EsoConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = True
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        head_shape = (*input_shape, -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        implementation = _implementation_for(self.config, attention_mask)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            implementation, eager_attention_forward
+        )
+        attention_output, attention_weights = attention_interface(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+        )
+        attention_output = attention_output.reshape(*input_shape, -1).contiguous()
+        return self.o_proj(attention_output), attention_weights
+
+
+class EsoMLP(nn.Module):
+    """Linear, GELU (tanh approximation), Linear, with biases."""
+
+    def __init__(self, config: EsoConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
+
+
+class EsoDecoderLayer(GradientCheckpointingLayer):
+    """A DiT block: attention and MLP, each between a modulated norm and a gate."""
+
+    def __init__(self, config: EsoConfig, layer_idx: int):
+        super().__init__()
+        self.dropout = config.hidden_dropout
+        self.modulation = EsoModulation(config, num_vectors=6)
+        self.input_layernorm = EsoLayerNorm(config)
+        self.self_attn = EsoAttention(config, layer_idx)
+        self.post_attention_layernorm = EsoLayerNorm(config)
+        self.mlp = EsoMLP(config)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        conditioning: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning)
+
+        update, _ = self.self_attn(
+            self.input_layernorm(hidden_states, attn_shift, attn_scale),
+            position_embeddings=position_embeddings,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        hidden_states = hidden_states + attn_gate * F.dropout(update, self.dropout, self.training)
+
+        update = self.mlp(self.post_attention_layernorm(hidden_states, mlp_shift, mlp_scale))
+        return hidden_states + mlp_gate * F.dropout(update, self.dropout, self.training)
+
+
+class EsoPreTrainedModel(PreTrainedModel):
+    """Initialisation and capabilities shared by the backbone and the model with a head."""
+
+    config: EsoConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EsoDecoderLayer"]  # noqa: RUF012 (class attributes that transformers reads)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": EsoDecoderLayer, "attentions": EsoAttention}  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        if isinstance(module, EsoModulation):
+            init.zeros_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, (nn.Linear, nn.Embedding)):
+            # Kaiming uniform with a = sqrt(5), which is torch's default for linears: U(-b, b), b = 1 / sqrt(fan in).
+            bound = 1 / math.sqrt(module.weight.shape[1])
+            init.uniform_(module.weight, -bound, bound)
+            if getattr(module, "bias", None) is not None:
+                init.uniform_(module.bias, -bound, bound)
+        else:
+            super()._init_weights(module)
+
+
+class EsoModel(EsoPreTrainedModel):
+    """The backbone: from tokens in generation order to hidden states after the final, modulated norm."""
+
+    def __init__(self, config: EsoConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.timestep_embedding = EsoTimestepEmbedding(config)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.layers = nn.ModuleList([EsoDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.modulation = EsoModulation(config, num_vectors=2)
+        self.norm = EsoLayerNorm(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """Runs the slots given, on top of the cached ones.
+
+        Args:
+            input_ids: (batch, slots), in generation order. Exactly one of it and `inputs_embeds`.
+            attention_mask: (batch, cached + slots), 1 real and 0 padding; or a 4D mask, used as it is; None: no
+                padding, or padding last.
+            position_ids: (batch, slots), text position of each slot; None: consecutive, after the cached slots.
+            past_key_values: Keys and values of earlier slots; extended in place.
+            inputs_embeds: (batch, slots, hidden), in place of `input_ids`.
+            use_cache: Whether to make a `DynamicCache` when no cache is given.
+
+        Returns:
+            `last_hidden_state` (batch, slots, hidden) after the final norm, `past_key_values`; `hidden_states` and
+            `attentions` with `output_hidden_states=True` and `output_attentions=True` (eager attention).
+        """
+        _require_exactly_one(input_ids, inputs_embeds)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
+
+        # Positions go to the rotary embedding alone: transformers would read their jumps as borders of packed
+        # sequences, here and in the attention interface.
+        attention_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+        )
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
+        conditioning = self.timestep_embedding()
+
+        hidden_states = inputs_embeds
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                conditioning,
+                position_embeddings=position_embeddings,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        hidden_states = self.norm(hidden_states, *self.modulation(conditioning))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
+
+
+class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
+    """An Eso-LM: the backbone with a head that predicts every slot's own token.
+
+    It trains with the plain `Trainer` on the batches of `DataCollatorForHybridMaskedDiffusion`, and generates with
+    `generate` (see `EsoGenerationMixin`).
+    """
+
+    generation_config_class = EsoGenerationConfig
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: EsoConfig):
+        super().__init__(config)
+        self.model = EsoModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module):
+        super()._init_weights(module)
+        if module is self.lm_head:
+            # A fresh model predicts the uniform distribution, unless its head is the embedding.
+            init.zeros_(module.bias)
+            if not self.config.tie_word_embeddings:
+                init.zeros_(module.weight)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        loss_weights: torch.FloatTensor | None = None,
+        sequential_rows: torch.BoolTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """Predicts the token of every slot, or, with labels, the loss of a training batch.
+
+        The layout is *generation order* when `position_ids` is given. Without it, and without a cache, it is *text
+        order*: the model itself puts clean tokens first, masks after them, each left to right, and padding last;
+        logits, hidden states and attentions come back in text order.
+
+        Args:
+            input_ids: (batch, slots), with the mask id at the slots to predict.
+            attention_mask: (batch, slots) or (batch, cached + slots), 1 real and 0 padding, in the layout of
+                `input_ids`; or a 4D mask over the slots as given, which passes through.
+            position_ids: (batch, slots), text position of each slot.
+            past_key_values: Any croppable transformers cache; extended in place. The caller may `crop(-n)` the masks
+                away, and keeps the keys and values of the clean tokens.
+            inputs_embeds: (batch, slots, hidden), in place of `input_ids`. In text order they all count as clean.
+            labels: (batch, slots), the clean token of each slot that counts; -100 at prompt and padding.
+            loss_weights: (batch, slots), weight of each slot's cross entropy; None: 1 at the masked slots, 0
+                elsewhere.
+            sequential_rows: (batch,) bool, the rows that use the sequential phase's two streams: content in
+                generation order (from `labels`, or `input_ids` where the label is -100), and one mask for each
+                weighted slot s that sees the content slots < s and itself. None: no row.
+            use_cache: Whether to make a `DynamicCache` when none is given (slots then stay as given).
+            logits_to_keep: Logits of the last so many slots, 0 for all, or a 1D tensor of slots.
+
+        Returns:
+            Without labels: `logits` (batch, slots kept, vocab), -inf at the mask id, `past_key_values`, and what was
+            asked for of `hidden_states` and `attentions`. With labels: `loss` alone, in nats: the sum of weight x
+            cross entropy over `num_items_in_batch` if given, else over the number of labels that count. Logits are
+            then computed at the weighted slots only and not returned.
+
+        Raises:
+            ValueError: for contradictory arguments.
+        """
+        _require_exactly_one(input_ids, inputs_embeds)
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        if position_ids is not None and position_ids.shape[-1] != tokens.shape[1]:
+            raise ValueError(
+                f"`position_ids` must give a text position for each of the {tokens.shape[1]} slots, "
+                f"got shape {tuple(position_ids.shape)}."
+            )
+        if labels is None and (loss_weights is not None or sequential_rows is not None):
+            raise ValueError("`loss_weights` and `sequential_rows` describe a loss and need `labels`.")
+
+        order = None
+        in_text_order = position_ids is None and past_key_values is None and not use_cache
+        if in_text_order and (attention_mask is None or attention_mask.dim() == 2):
+            order, position_ids = self._clean_first_order(input_ids, inputs_embeds, attention_mask)
+            input_ids, inputs_embeds, labels, loss_weights = (
+                None if tensor is None else _take_slots(tensor, order)
+                for tensor in (input_ids, inputs_embeds, labels, loss_weights)
+            )
+            attention_mask = None  # padding is last: no slot that counts can see it
+
+        if labels is not None:
+            if past_key_values is not None or use_cache:
+                raise ValueError("`labels` ask for a training loss, which takes no cache: drop `past_key_values`.")
+            num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+            loss = self._hybrid_loss(
+                input_ids,
+                inputs_embeds,
+                position_ids,
+                attention_mask,
+                labels,
+                loss_weights,
+                sequential_rows,
+                num_items_in_batch,
+                **kwargs,
+            )
+            return CausalLMOutputWithPast(loss=loss)
+
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        last_hidden_state, hidden_states, attentions = (
+            outputs.last_hidden_state,
+            outputs.hidden_states,
+            outputs.attentions,
+        )
+        if order is not None:
+            slot_of_text = order.argsort(dim=-1)
+            last_hidden_state = _take_slots(last_hidden_state, slot_of_text)
+            if hidden_states is not None:
+                hidden_states = tuple(_take_slots(states, slot_of_text) for states in hidden_states)
+            if attentions is not None:
+                attentions = tuple(_take_slot_pairs(weights, slot_of_text) for weights in attentions)
+
+        if isinstance(logits_to_keep, int):
+            last_hidden_state = last_hidden_state[:, -logits_to_keep:] if logits_to_keep else last_hidden_state
+        else:
+            last_hidden_state = last_hidden_state[:, logits_to_keep]
+        return CausalLMOutputWithPast(
+            logits=self._logits(last_hidden_state),
+            past_key_values=outputs.past_key_values,
+            hidden_states=hidden_states,
+            attentions=attentions,
+        )
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, configurations and the code itself, so that the folder loads with `trust_remote_code=True`."""
+        own_class = f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"
+        # transformers records the one Auto class that a model class is registered for; users come through several.
+        self.config.auto_map = {
+            "AutoConfig": f"{type(self.config).__module__.rsplit('.', 1)[-1]}.{type(self.config).__name__}",
+            "AutoModel": own_class,
+            "AutoModelForMaskedLM": own_class,
+            "AutoModelForCausalLM": own_class,
+        }
+        super().save_pretrained(save_directory, **kwargs)
+
+    def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(hidden_states)
+        logits[..., self.config.mask_token_id] = -torch.inf
+        return logits
+
+    def _clean_first_order(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The order clean, masked, padding, each left to right, and the text positions in it: (batch, slots) each."""
+        tokens = input_ids if input_ids is not None else inputs_embeds
+        batch, slots = tokens.shape[:2]
+        group = torch.zeros(batch, slots, dtype=torch.long, device=tokens.device)
+        if input_ids is not None:
+            group[input_ids == self.config.mask_token_id] = 1
+        is_real = torch.ones_like(group, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        group[~is_real] = 2
+        rank = torch.arange(slots, dtype=torch.float64, device=tokens.device).expand(batch, slots)
+        order = order_of_slots(group, rank)
+        return order, text_positions(is_real).gather(1, order)
+
+    def _hybrid_loss(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.LongTensor,
+        loss_weights: torch.FloatTensor | None,
+        sequential_rows: torch.BoolTensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Weighted cross entropy of a batch whose rows are in the diffusion or in the sequential phase (DESIGN 1)."""
+        if loss_weights is None:
+            if input_ids is None:
+                raise ValueError("`loss_weights` must be given with `inputs_embeds`, which do not show the masks.")
+            loss_weights = (input_ids == self.config.mask_token_id).float()
+        loss_weights = loss_weights.masked_fill(labels == -100, 0)
+        is_weighted = loss_weights != 0
+
+        if sequential_rows is None:
+            sequential_rows = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+        # The phases run one after the other, each at its own width: the second stream costs only its own rows.
+        diffusion = (~sequential_rows).nonzero()[:, 0]
+        sequential = sequential_rows.nonzero()[:, 0]
+        rows, states = [], []
+        if len(diffusion) > 0:
+            outputs = self.model(
+                input_ids=_take_rows(input_ids, diffusion),
+                inputs_embeds=_take_rows(inputs_embeds, diffusion),
+                position_ids=_take_rows(position_ids, diffusion),
+                attention_mask=_take_rows(attention_mask, diffusion),
+                **kwargs,
+            )
+            rows.append(diffusion)
+            states.append(outputs.last_hidden_state[is_weighted[diffusion]])
+        if len(sequential) > 0:
+            if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
+                raise ValueError("`sequential_rows` need `input_ids`, and at most a 2D `attention_mask`.")
+            rows.append(sequential)
+            states.append(
+                self._query_states(
+                    input_ids[sequential],
+                    labels[sequential],
+                    _take_rows(position_ids, sequential),
+                    _take_rows(attention_mask, sequential),
+                    is_weighted[sequential],
+                    **kwargs,
+                )
+            )
+
+        rows = torch.cat(rows)
+        is_weighted = is_weighted[rows]
+        logits = self._logits(torch.cat(states)).float()  # (weighted slots, vocab)
+        cross_entropy = F.cross_entropy(logits, labels[rows][is_weighted], reduction="none")
+        total = (cross_entropy * loss_weights[rows][is_weighted]).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != -100).sum().clamp(min=1)
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
+
+    def _query_states(
+        self,
+        input_ids: torch.LongTensor,
+        labels: torch.LongTensor,
+        position_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        is_queried: torch.BoolTensor,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Hidden states of the queries of the sequential phase's two streams.
+
+        Content: the clean tokens in generation order, causal among itself. Query: one mask for each queried slot s,
+        which attends to the content slots < s and to itself. Both run in one pass: `horizon` is the number of
+        content slots that a slot sees beside itself.
+
+        Returns:
+            (queried slots of all rows, hidden), row by row, slots ascending.
+        """
+        batch, slots = input_ids.shape
+        device = input_ids.device
+        if position_ids is None:
+            position_ids = torch.arange(slots, device=device).expand(batch, slots)
+        content = torch.where(labels == -100, input_ids, labels)
+        num_queries = is_queried.sum(dim=-1)
+        width = int(num_queries.max())
+        # Rows with fewer queries fill up with queries of other slots, whose states are dropped at the end.
+        query_slots = (~is_queried).long().argsort(dim=-1, stable=True)[:, :width]
+        is_query = torch.arange(width, device=device) < num_queries[:, None]
+
+        horizon = torch.cat([torch.arange(slots, device=device).expand(batch, slots), query_slots], dim=-1)
+        is_visible = torch.ones(batch, slots + width, dtype=torch.bool, device=device)
+        if attention_mask is not None:
+            is_visible[:, :slots] = attention_mask.bool()
+
+        def sees(batch_index, head_index, query_index, key_index):
+            is_past = (key_index < horizon[batch_index, query_index]) & is_visible[batch_index, key_index]
+            return is_past | (key_index == query_index)
+
+        mask_interface = ALL_MASK_ATTENTION_FUNCTIONS[_implementation_for(self.config, dense_mask=True)]
+        two_stream_mask = mask_interface(
+            batch_size=batch,
+            q_length=slots + width,
+            kv_length=slots + width,
+            mask_function=sees,
+            allow_is_causal_skip=False,
+            dtype=self.model.dtype,
+            device=device,
+            config=self.config,
+        )
+        masks = torch.full_like(query_slots, self.config.mask_token_id)
+        outputs = self.model(
+            input_ids=torch.cat([content, masks], dim=-1),
+            position_ids=torch.cat([position_ids, position_ids.gather(1, query_slots)], dim=-1),
+            attention_mask=two_stream_mask,
+            **kwargs,
+        )
+        return outputs.last_hidden_state[:, slots:][is_query]
+
+
+def _implementation_for(
+    config: EsoConfig, attention_mask: torch.Tensor | None = None, dense_mask: bool = False
+) -> str:
+    """The attention to use: the configured one, or sdpa where flash attention meets a mask that it cannot take."""
+    dense_mask = dense_mask or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
+    return "sdpa" if dense_mask and is_flash_attention_requested(config) else config._attn_implementation
+
+
+def _require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None):
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
+
+
+def _take_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
+    """`tensor[rows]`; tensors that are None or broadcast over the batch stay as they are."""
+    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
+
+
+def _take_slots(tensor: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:
+    """Rearranges dimension 1 of `tensor` (batch, slots, ...) row by row."""
+    return tensor[torch.arange(len(slots), device=slots.device)[:, None], slots]
+
+
+def _take_slot_pairs(weights: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:
+    """Rearranges both slot dimensions of attention weights (batch, heads, slots, slots)."""
+    rows = torch.arange(len(slots), device=slots.device)[:, None, None]
+    return weights.transpose(1, 3)[rows, slots[:, :, None], slots[:, None, :]].permute(0, 3, 2, 1)
+
+
+EsoForMaskedDiffusion.register_for_auto_class("AutoModel")
+
+__all__ = ["EsoForMaskedDiffusion", "EsoModel", "EsoPreTrainedModel"]
