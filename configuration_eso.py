@@ -1,7 +1,7 @@
 """Configuration of an Esoteric Language Model (Eso-LM)."""
 
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 
 class EsoConfig(PreTrainedConfig):
@@ -101,6 +101,13 @@ class EsoConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
         if not _is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
+        rope_types = {"default", *ROPE_INIT_FUNCTIONS}
+        rope_type, rope_theta = (self.rope_parameters.get(name) for name in ("rope_type", "rope_theta"))
+        if rope_type not in rope_types or not _is_number(rope_theta) or not rope_theta > 0:
+            raise ValueError(
+                f"`rope_parameters` must have a `rope_type` out of {sorted(rope_types)} and a positive `rope_theta`, "
+                f"got {self.rope_parameters!r}."
+            )
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"`tie_word_embeddings` must be True or False, got {self.tie_word_embeddings!r}.")
 

@@ -64,7 +64,8 @@ def main(args: argparse.Namespace) -> None:
         lr_scheduler_type="cosine",
         warmup_steps=min(100, args.max_steps // 10),
         weight_decay=0.01,
-        bf16=args.bf16,
+        bf16=has_fast_bfloat16(),
+        use_cpu=not torch.accelerator.is_available(),
         logging_steps=max(1, args.max_steps // 20),
         save_strategy="no",
         report_to="none",
@@ -114,6 +115,14 @@ def sample(path: Path, length: int, num_samples: int, temperature: float) -> Non
         print(f"\n--- alpha_0 = {alpha_0:g}, NFE = {nfe} ---\n{text}")
 
 
+def has_fast_bfloat16() -> bool:
+    """Whether mixed precision pays: on CPUs without bfloat16 instructions it is emulated, and slow."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+
+
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a folder of .txt files to train on instead of Python's own prose")
@@ -128,7 +137,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--vocab-size", type=int, default=2048)
-    parser.add_argument("--bf16", action="store_true", help="train in bfloat16 autocast")
     parser.add_argument("--num-samples", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)

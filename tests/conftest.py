@@ -1,0 +1,33 @@
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from tiny_models import randomized_model
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def attention(request) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def dtype(request) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture
+def tolerance(dtype) -> float:
+    """How far two evaluations of the same logits may lie apart."""
+    return 1e-4 if dtype == torch.float32 else 0.1
+
+
+@pytest.fixture
+def model(attention, dtype):
+    return randomized_model(attention=attention, dtype=dtype)

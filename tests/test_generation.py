@@ -1,0 +1,229 @@
+"""generate: the cache is exact, both phases do what they should, and transformers' controls apply."""
+
+import pytest
+import torch
+from tiny_models import random_batch, randomized_model
+from transformers import GenerationConfig, LogitsProcessor
+
+from eso_lm import EsoGenerationConfig
+from eso_lm.generation import draw_tokens
+
+MASK = 23
+
+
+class RecordLogits(LogitsProcessor):
+    """Passes scores on, and keeps what it was given."""
+
+    def __init__(self):
+        self.contexts, self.scores = [], []
+
+    def __call__(self, input_ids, scores):
+        self.contexts.append(input_ids)
+        self.scores.append(scores)
+        return scores
+
+
+def generate(model, seed=0, **arguments):
+    torch.manual_seed(seed)
+    defaults = {"max_new_tokens": 16, "return_dict_in_generate": True}
+    return model.generate(**defaults | arguments)
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "dynamic"}], ids=["preallocated", "dynamic"])
+def test_cached_and_uncached_generation_agree(model, tolerance, alpha_0, cache):
+    prompt = random_batch(model, 2, 4)
+    arguments = {"input_ids": prompt, "alpha_0": alpha_0, "num_diffusion_steps": 5, "num_return_sequences": 2}
+    recorded = {}
+    outputs = {}
+    for name, settings in (("cached", cache), ("uncached", {"use_cache": False})):
+        recorded[name] = RecordLogits()
+        outputs[name] = generate(model, logits_processor=[recorded[name]], **arguments, **settings)
+    cached, uncached = outputs["cached"], outputs["uncached"]
+    assert cached.num_function_evaluations == uncached.num_function_evaluations
+    assert torch.equal(cached.unmasking_steps, uncached.unmasking_steps)
+    if tolerance < 1e-3:  # in bfloat16 a rounding may tip a draw, and the two runs part
+        assert torch.equal(cached.sequences, uncached.sequences)
+        torch.testing.assert_close(cached.log_probs, uncached.log_probs, atol=tolerance, rtol=0)
+        steps = zip(recorded["cached"].scores, recorded["uncached"].scores, strict=True)
+    else:
+        steps = [(recorded["cached"].scores[0], recorded["uncached"].scores[0])]
+    for scores, expected in steps:
+        torch.testing.assert_close(scores[:, :MASK], expected[:, :MASK], atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 0.3, 1.0])
+def test_output_tells_how_the_sequence_was_filled(alpha_0):
+    model = randomized_model()
+    prompt = random_batch(model, 3, 5)
+    output = generate(model, input_ids=prompt, alpha_0=alpha_0, num_diffusion_steps=4)
+    assert output.sequences.shape == output.unmasking_steps.shape == output.log_probs.shape == (3, 21)
+    assert torch.equal(output.sequences[:, :5], prompt)
+    assert (output.sequences != MASK).all()
+    assert not output.unmasking_steps[:, :5].any()
+    assert not output.log_probs[:, :5].any()
+    assert (output.log_probs[:, 5:] < 0).all()
+    for row in output.unmasking_steps[:, 5:]:
+        assert sorted(set(row.tolist())) == list(range(1, output.num_function_evaluations + 1))
+    if alpha_0 == 1:
+        assert output.num_function_evaluations <= 4
+    if alpha_0 == 0:
+        assert torch.equal(output.unmasking_steps[:, 5:], torch.arange(1, 17).expand(3, 16))
+
+
+def test_sequential_phase_runs_left_to_right_after_the_diffusion_phase():
+    output = generate(randomized_model(), alpha_0=0.5, num_diffusion_steps=2, num_return_sequences=4)
+    for row in output.unmasking_steps:
+        one_by_one = row[row > 2]
+        assert len(one_by_one) > 0
+        assert one_by_one.tolist() == sorted(set(one_by_one.tolist()))
+
+
+@torch.no_grad()
+def test_log_probs_are_those_of_the_model_when_the_token_was_drawn():
+    """Scores each token anew: a pass over the clean tokens before its step and that step's masks, in order."""
+    model = randomized_model()
+    recorder = RecordLogits()
+    output = generate(
+        model,
+        input_ids=random_batch(model, 1, 3),
+        num_diffusion_steps=5,
+        alpha_0=0.6,
+        temperature=0.7,
+        top_k=5,
+        logits_processor=[recorder],
+    )
+    sequence, steps = output.sequences[0], output.unmasking_steps[0]
+    for step in range(1, output.num_function_evaluations + 1):
+        # Within a step the order of the masks is not reported: any slot alone has its own conditional when it is
+        # the only one of its step.
+        revealed = (steps == step).nonzero()[:, 0]
+        if len(revealed) > 1:
+            continue
+        known = recorder.contexts[step - 1][0]
+        assert torch.equal(known, sequence[(steps < step).nonzero()[:, 0]]), "processors see the known text in order"
+    assert (steps.bincount()[1:] > 1).any()
+    sequential = int((steps.bincount()[1:] > 1).nonzero()[-1]) + 2  # from here on one token a step
+    order = None
+    for step in range(sequential, output.num_function_evaluations + 1):
+        chosen = int((steps == step).nonzero())
+        scores = recorder.scores[step - 1]
+        torch.testing.assert_close(output.log_probs[0, chosen], scores.log_softmax(-1)[0, sequence[chosen]])
+        assert order is None or chosen > order
+        order = chosen
+
+
+def test_rows_have_orders_of_their_own_and_repeat_with_the_seed():
+    model = randomized_model()
+    first = generate(model, num_return_sequences=4, alpha_0=1.0)
+    again = generate(model, num_return_sequences=4, alpha_0=1.0)
+    other = generate(model, seed=1, num_return_sequences=4, alpha_0=1.0)
+    assert torch.equal(first.sequences, again.sequences)
+    assert not torch.equal(first.sequences, other.sequences)
+    assert len({tuple(row.tolist()) for row in first.unmasking_steps}) == 4
+
+
+def test_defaults_come_from_the_model():
+    model = randomized_model(alpha_0=0.0)
+    assert generate(model).num_function_evaluations == 16
+    model.generation_config.alpha_0 = 1.0
+    model.generation_config.num_diffusion_steps = 1
+    assert generate(model).num_function_evaluations == 1
+    assert model.generate(generation_config=GenerationConfig(max_new_tokens=7)).shape == (1, 7)
+    config = EsoGenerationConfig(max_new_tokens=7, alpha_0=0.0, return_dict_in_generate=True)
+    assert model.generate(generation_config=config).num_function_evaluations == 7
+    assert model.generate(max_length=9).shape == (1, 9)
+    assert isinstance(model.generate(max_length=9), torch.Tensor)
+
+
+def test_filters_of_transformers_apply():
+    model = randomized_model()
+    recorder = RecordLogits()
+    greedy = generate(model, do_sample=False, logits_processor=[recorder], alpha_0=0.0)
+    assert greedy.sequences[0].tolist() == [int(scores.argmax()) for scores in recorder.scores]
+    top_1 = generate(model, top_k=1, alpha_0=0.0)
+    assert torch.equal(top_1.sequences, greedy.sequences)
+    banned = [token for token in range(24) if token not in (3, 4)]
+    assert set(generate(model, suppress_tokens=banned).sequences.unique().tolist()) <= {3, 4}
+
+
+def test_no_filter_is_on_by_default():
+    """transformers' own default is top_k = 50, which would cut the tail of every vocabulary but a toy's."""
+    model = randomized_model(vocab_size=120, scale=0.01)
+    tokens = generate(model, num_return_sequences=50, alpha_0=1.0, num_diffusion_steps=1).sequences
+    assert len(tokens.unique()) > 100
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
+def test_what_follows_the_end_of_text_is_padding(alpha_0):
+    model = randomized_model()
+    output = generate(
+        model,
+        input_ids=torch.tensor([[7, 2, 7]]),
+        alpha_0=alpha_0,
+        num_return_sequences=16,
+        eos_token_id=7,
+        pad_token_id=9,
+        temperature=5.0,
+        max_new_tokens=24,
+    )
+    ended = 0
+    for row, steps, log_probs in zip(output.sequences, output.unmasking_steps, output.log_probs, strict=True):
+        new = row[3:].tolist()
+        assert row[:3].tolist() == [7, 2, 7], "an end of text inside the prompt ends nothing"
+        if 7 in new:
+            ended += 1
+            end = 3 + new.index(7)
+            assert (row[end + 1 :] == 9).all()
+            assert not steps[end + 1 :].any()
+            assert not log_probs[end + 1 :].any()
+            assert steps[end] > 0
+    assert ended > 0
+
+
+def test_sequential_phase_stops_when_every_row_has_ended():
+    model = randomized_model()
+    model.lm_head.bias.data[7] = 50.0  # every token is the end of text
+    output = generate(model, alpha_0=0.0, eos_token_id=7, pad_token_id=9, num_return_sequences=3)
+    assert output.num_function_evaluations == 1
+    assert output.sequences.tolist() == [[7] + [9] * 15] * 3
+
+
+def test_draws_follow_the_distribution():
+    """Chi-square over 6 tokens of very different probability, and no draw of an impossible one."""
+    probabilities = torch.tensor([0.5, 0.3, 0.15, 0.04, 0.0, 0.01])
+    scores = probabilities.log().expand(100_000, 6)
+    counts = torch.bincount(draw_tokens(scores, torch.Generator().manual_seed(0)), minlength=6).double()
+    expected = 100_000 * probabilities.double()
+    possible = expected > 0
+    assert counts[~possible].sum() == 0
+    assert ((counts - expected)[possible] ** 2 / expected[possible]).sum() < 18.5  # 4 degrees of freedom, p = 0.001
+
+
+@pytest.mark.parametrize(("uniform", "token"), [(0.0, 1), (1 - 5e-10, 2), (1 - 2.0**-53, 2)])
+def test_draws_reach_the_tail_and_nothing_beyond(monkeypatch, uniform, token):
+    """Token 2 has probability 1e-9, which a running sum in float32 would lose; tokens 0 and 3 are impossible."""
+    scores = torch.log(torch.tensor([[0.0, 1.0, 1e-9, 0.0]]))
+    monkeypatch.setattr(torch, "rand", lambda shape, **_: torch.full(shape, uniform, dtype=torch.float64))
+    assert draw_tokens(scores).tolist() == [token]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 3}, "has no meaning for an Eso-LM"),
+        ({"assistant_model": "self"}, "has no meaning for an Eso-LM"),
+        ({"alpha_0": 1.5}, r"`alpha_0` must be None or a number in \[0, 1\], got 1.5"),
+        ({"num_diffusion_steps": 0}, "`num_diffusion_steps` must be None or a positive integer, got 0"),
+        ({"cache_implementation": "static"}, "cannot drop slots"),
+        ({"input_ids": torch.tensor([[1, MASK]])}, "holds the mask id 23"),
+        ({"max_time": 1.0}, "`max_time`"),
+        ({"num_difusion_steps": 3}, "num_difusion_steps"),
+    ],
+)
+def test_arguments_without_meaning_are_refused(arguments, message):
+    model = randomized_model()
+    if "assistant_model" in arguments:
+        arguments = {"assistant_model": model}
+    with pytest.raises(ValueError, match=message):
+        generate(model, **arguments)
