@@ -35,8 +35,8 @@ class EsoConfig(PreTrainedConfig):
     """
 
     model_type = "eso"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (a class attribute that transformers reads)
-    base_model_tp_plan = {  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]
+    base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
         "layers.*.self_attn.k_proj": "colwise",
         "layers.*.self_attn.v_proj": "colwise",
@@ -123,7 +123,8 @@ class EsoConfig(PreTrainedConfig):
                     continue
                 if not self._is_token_id(token_id):
                     raise ValueError(
-                        f"`{name}` must be None or an id of the vocabulary, in [0, {self.vocab_size - 1}], got {value!r}."
+                        f"`{name}` must be None or an id of the vocabulary, in [0, {self.vocab_size - 1}], "
+                        f"got {value!r}."
                     )
                 if token_id == self.mask_token_id:
                     raise ValueError(

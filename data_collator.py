@@ -21,10 +21,10 @@ IGNORED_LABEL = -100
 class DataCollatorForHybridMaskedDiffusion:
     """Masks, reorders and weighs a batch, so that the model's loss on it estimates the NELBO per token.
 
-    Part of the rows feed the diffusion term (masked at a random time t, in uniform order, weight w(t)), the others the
-    sequential term (masked at t = 0, the masks left to right, weight 1). Each term is normalised by the valid tokens of
-    its own rows, so the loss, in nats per token, is the sum of both (arXiv 2506.01928, section 3). A batch too small to
-    split draws the phase of each row at random, with weights that keep the sum unbiased.
+    Part of the rows feed the diffusion term (masked at a random time t, in uniform order, weight w(t)), the others
+    the sequential term (masked at t = 0, the masks left to right, weight 1). Each term is normalised by the valid
+    tokens of its own rows, so the loss, in nats per token, is the sum of both (arXiv 2506.01928, section 3). A batch
+    too small to split draws the phase of each row at random, with weights that keep the sum unbiased.
 
     Args:
         tokenizer: Where `mask_token_id` and `pad_token_id` come from when they are not given.
@@ -71,13 +71,13 @@ class DataCollatorForHybridMaskedDiffusion:
         if self.alpha_0 in (0, 1):
             if self.diffusion_fraction != self.alpha_0:
                 raise ValueError(
-                    f"`diffusion_fraction` must be {self.alpha_0:g} at alpha_0={self.alpha_0:g}, where the other phase "
-                    f"has no tokens, got {self.diffusion_fraction}."
+                    f"`diffusion_fraction` must be {self.alpha_0:g} at alpha_0={self.alpha_0:g}, where the other "
+                    f"phase has no tokens, got {self.diffusion_fraction}."
                 )
         elif not 0 < self.diffusion_fraction < 1:
             raise ValueError(
-                f"`diffusion_fraction` must be in (0, 1) at alpha_0={self.alpha_0:g}, or a term of the objective would "
-                f"be missing, got {self.diffusion_fraction}."
+                f"`diffusion_fraction` must be in (0, 1) at alpha_0={self.alpha_0:g}, or a term of the objective "
+                f"would be missing, got {self.diffusion_fraction}."
             )
         if self.loss_type not in ("elbo", "low_var"):
             raise ValueError(f"`loss_type` must be 'elbo' or 'low_var', got {self.loss_type!r}.")

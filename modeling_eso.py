@@ -133,9 +133,7 @@ class EsoAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         implementation = _implementation_for(self.config, attention_mask)
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            implementation, eager_attention_forward
-        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attention_output, attention_weights = attention_interface(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
@@ -197,13 +195,13 @@ class EsoPreTrainedModel(PreTrainedModel):
     config: EsoConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EsoDecoderLayer"]  # noqa: RUF012 (class attributes that transformers reads)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["EsoDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": EsoDecoderLayer, "attentions": EsoAttention}  # noqa: RUF012
+    _can_record_outputs = {"hidden_states": EsoDecoderLayer, "attentions": EsoAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -302,8 +300,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
     """
 
     generation_config_class = EsoGenerationConfig
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: EsoConfig):
         super().__init__(config)
@@ -437,7 +435,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
         )
 
     def save_pretrained(self, save_directory, **kwargs):
-        """Saves weights, configurations and the code itself, so that the folder loads with `trust_remote_code=True`."""
+        """Saves weights, configurations and the code, so that the folder loads with `trust_remote_code=True`."""
         own_class = f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"
         # transformers records the one Auto class that a model class is registered for; users come through several.
         self.config.auto_map = {

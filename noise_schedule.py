@@ -4,6 +4,8 @@ q_t keeps each token with probability α_t = α_0 (1 - (1 - ε) t), t in [0, 1],
 independently (arXiv 2506.01928, section 3).
 """
 
+from itertools import pairwise
+
 import torch
 
 EPSILON = 1e-3
@@ -54,7 +56,7 @@ def sample_unmasking_counts(
     counts = []
     remaining = num_tokens
     alphas = keep_probability(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), alpha_0).tolist()
-    for alpha_t, alpha_s in zip(alphas[:-1], alphas[1:], strict=True):
+    for alpha_t, alpha_s in pairwise(alphas):
         if remaining == 0 or alpha_0 == 0:
             break
         probability = torch.tensor((alpha_s - alpha_t) / (1 - alpha_t), dtype=torch.float64)

@@ -1,6 +1,6 @@
 """Draw how a sequence fills up, forward by forward, under different alpha_0.
 
-    python examples/plot_unmasking.py --model outputs/quickstart --output docs/unmasking.png
+python examples/plot_unmasking.py --model outputs/quickstart --output docs/unmasking.png
 """
 
 import argparse
@@ -17,7 +17,12 @@ from transformers import AutoModel, set_seed
 
 import eso_lm  # noqa: F401  (registers the model with AutoModel)
 
-STATES = {"masked": "#e9e6df", "decoded before": "#8fb3c9", "decoded now, in parallel": "#0b5d8a", "decoded now, alone": "#d1602d"}
+STATES = {
+    "masked": "#e9e6df",
+    "decoded before": "#8fb3c9",
+    "decoded now, in parallel": "#0b5d8a",
+    "decoded now, alone": "#d1602d",
+}
 
 
 def states(unmasking_steps: torch.Tensor, num_forwards: int) -> torch.Tensor:
@@ -41,6 +46,7 @@ def main() -> None:
     set_seed(args.seed)
     model = AutoModel.from_pretrained(args.model)
     colors = ListedColormap(list(STATES.values()))
+    boundaries = BoundaryNorm(range(len(STATES) + 1), colors.N)
     figure, panels = plt.subplots(1, len(args.alpha_0), figsize=(3.4 * len(args.alpha_0), 4.2), sharey=True)
     for panel, alpha_0 in zip(panels, args.alpha_0, strict=True):
         output = model.generate(
@@ -51,7 +57,7 @@ def main() -> None:
             return_dict_in_generate=True,
         )
         filled = states(output.unmasking_steps[0], output.num_function_evaluations)
-        panel.imshow(filled, aspect="auto", cmap=colors, norm=BoundaryNorm(range(len(STATES) + 1), colors.N), interpolation="none")
+        panel.imshow(filled, aspect="auto", cmap=colors, norm=boundaries, interpolation="none")
         panel.set_ylim(args.length - 0.5, -0.5)
         panel.set_title(f"$\\alpha_0$ = {alpha_0:g}   (NFE = {output.num_function_evaluations})", fontsize=11)
         panel.set_xlabel("text position")

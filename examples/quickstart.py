@@ -1,8 +1,8 @@
 """Train a small Eso-LM on real text, save it, load it through AutoModel, and sample it: the whole of eso_lm in a file.
 
-    python examples/quickstart.py                          # prose that every Python carries, a few minutes on 2 cores
-    python examples/quickstart.py --text my/folder         # any folder of .txt files
-    python examples/quickstart.py --max-steps 20000 --hidden-size 512 --num-layers 12   # longer and larger
+python examples/quickstart.py                          # prose that every Python carries, a few minutes on 2 cores
+python examples/quickstart.py --text my/folder         # any folder of .txt files
+python examples/quickstart.py --max-steps 20000 --hidden-size 512 --num-layers 12   # longer and larger
 """
 
 import argparse
@@ -34,7 +34,9 @@ def main(args: argparse.Namespace) -> None:
     train_blocks = pack(train_documents, tokenizer, args.length)
     held_out_blocks = pack(held_out_documents, tokenizer, args.length)
     if min(len(train_blocks), len(held_out_blocks)) == 0:
-        raise ValueError(f"The text is too short for blocks of `--length {args.length}` tokens, held-out ones included.")
+        raise ValueError(
+            f"The text is too short for blocks of `--length {args.length}` tokens, held-out ones included."
+        )
 
     config = EsoConfig(
         vocab_size=len(tokenizer),
@@ -105,7 +107,15 @@ def sample(path: Path, length: int, num_samples: int, temperature: float) -> Non
         )
         seconds = time.perf_counter() - start
         nfe = output.num_function_evaluations
-        rows.append((f"{alpha_0:g}", str(steps or length), str(nfe), f"{seconds:.2f}", f"{output.sequences.numel() / seconds:.0f}"))
+        rows.append(
+            (
+                f"{alpha_0:g}",
+                str(steps or length),
+                str(nfe),
+                f"{seconds:.2f}",
+                f"{output.sequences.numel() / seconds:.0f}",
+            )
+        )
         texts.append((alpha_0, nfe, tokenizer.decode(output.sequences[0]).replace(tokenizer.eos_token, "\n")))
 
     print(f"\nSampling {num_samples} sequences of {length} tokens, temperature {temperature:g}:\n")
@@ -130,7 +140,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-steps", type=int, default=1500, help="optimiser steps")
     parser.add_argument("--batch-size", type=int, default=32, help="blocks a step")
     parser.add_argument("--length", type=int, default=64, help="tokens a block")
-    parser.add_argument("--alpha-0", type=float, default=0.5, help="fraction of tokens of the diffusion phase, in training")
+    parser.add_argument("--alpha-0", type=float, default=0.5, help="share of the diffusion phase in training")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--hidden-size", type=int, default=192)
     parser.add_argument("--num-layers", type=int, default=4)

@@ -15,7 +15,9 @@ MASK, PAD = 99, 98
 
 
 def collator(**overrides) -> DataCollatorForHybridMaskedDiffusion:
-    return DataCollatorForHybridMaskedDiffusion(**{"mask_token_id": MASK, "pad_token_id": PAD, "alpha_0": 0.5} | overrides)
+    return DataCollatorForHybridMaskedDiffusion(
+        **{"mask_token_id": MASK, "pad_token_id": PAD, "alpha_0": 0.5} | overrides
+    )
 
 
 def examples(*lengths: int) -> list[dict]:

@@ -153,9 +153,9 @@ def test_cached_steps_equal_one_pass(model, slots, tolerance, make_cache):
 @torch.no_grad()
 def test_text_order_puts_clean_tokens_first(model, tolerance):
     input_ids = torch.tensor([[MASK, 3, 4, MASK, 5]])
-    expected = model(
-        torch.tensor([[3, 4, 5, MASK, MASK]]), position_ids=torch.tensor([[1, 2, 4, 0, 3]])
-    ).logits[:, [3, 0, 1, 4, 2]]
+    expected = model(torch.tensor([[3, 4, 5, MASK, MASK]]), position_ids=torch.tensor([[1, 2, 4, 0, 3]])).logits[
+        :, [3, 0, 1, 4, 2]
+    ]
     logits = model(input_ids).logits
     torch.testing.assert_close(without_mask_id(logits), without_mask_id(expected), atol=tolerance, rtol=0)
 

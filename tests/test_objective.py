@@ -98,7 +98,8 @@ def test_nelbo_bounds_the_likelihood_of_its_process(model, alpha_0):
                 values.append(math.exp(-float(nll[masks.index(chosen)])))
         return sum(values) / len(values)
 
-    revealed = {frozenset(): 1.0}  # probability that exactly these positions were revealed first, with the text's tokens
+    # Probability that exactly these positions come first, with the text's tokens.
+    revealed = {frozenset(): 1.0}
     for size in range(1, LENGTH + 1):
         for subset in map(frozenset, itertools.combinations(range(LENGTH), size)):
             revealed[subset] = sum(
@@ -113,6 +114,7 @@ def test_nelbo_bounds_the_likelihood_of_its_process(model, alpha_0):
             math.exp(-sum(float(conditional_nll(model, clean + rest, slot, 1)) for slot in range(n, LENGTH)))
             for clean in itertools.permutations(sorted(subset))
         ]
-        total += alpha_0**n * (1 - alpha_0) ** (LENGTH - n) * math.comb(LENGTH, n) * probability * sum(finish) / len(finish)
+        binomial = math.comb(LENGTH, n) * alpha_0**n * (1 - alpha_0) ** (LENGTH - n)
+        total += binomial * probability * sum(finish) / len(finish)
     gap = sum(exact_terms(model, alpha_0)) + math.log(total)
     assert gap > 0.01, "NELBO - (-log p)"

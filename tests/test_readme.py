@@ -33,7 +33,9 @@ def trained(home, monkeypatch, capsys) -> str:
     """The quickstart, on the user's own texts, for a few steps; what it printed."""
     monkeypatch.chdir(home)
     arguments = ["--text", "my_texts", "--max-steps", "40", "--length", "32", "--vocab-size", "320"]
-    run_example(monkeypatch, "quickstart.py", *arguments, "--hidden-size", "64", "--num-layers", "2", "--num-samples", "2")
+    run_example(
+        monkeypatch, "quickstart.py", *arguments, "--hidden-size", "64", "--num-layers", "2", "--num-samples", "2"
+    )
     return capsys.readouterr().out
 
 
@@ -58,7 +60,7 @@ def test_the_picture_is_drawn(trained, home, monkeypatch):
 
 
 def test_quickstart_refuses_a_folder_without_text(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="must hold .txt files"):
+    with pytest.raises(ValueError, match=r"must hold \.txt files"):
         run_example(monkeypatch, "quickstart.py", "--text", str(tmp_path))
 
 

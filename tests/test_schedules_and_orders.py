@@ -106,7 +106,9 @@ def test_generation_orders_are_uniform():
 @given(data=st.data(), batch=st.integers(1, 3), slots=st.integers(1, 15))
 def test_order_of_slots_sorts_by_group_then_rank(data, batch, slots):
     group = torch.tensor(
-        data.draw(st.lists(st.lists(st.integers(0, 3), min_size=slots, max_size=slots), min_size=batch, max_size=batch))
+        data.draw(
+            st.lists(st.lists(st.integers(0, 3), min_size=slots, max_size=slots), min_size=batch, max_size=batch)
+        )
     )
     rank = torch.rand(batch, slots, dtype=torch.float64)
     order = order_of_slots(group, rank)

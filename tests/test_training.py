@@ -7,12 +7,20 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from tiny_models import randomized_model, tiny_config
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 
 MASK, PAD = 23, 22
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+
+
+class RecordGradients(TrainerCallback):
+    def __init__(self, gradients: dict):
+        self.gradients = gradients
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
 
 def counting_dataset(rows: int = 64, length: int = 12) -> Dataset:
@@ -117,17 +125,6 @@ def test_accumulated_gradients_are_those_of_the_whole(tmp_path):
     trainer.train()
     for name, gradient in expected.items():
         torch.testing.assert_close(recorded[name], gradient, atol=1e-5, rtol=1e-4)
-
-
-from transformers import TrainerCallback  # noqa: E402
-
-
-class RecordGradients(TrainerCallback):
-    def __init__(self, gradients: dict):
-        self.gradients = gradients
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradients.update({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
 
 
 @pytest.mark.parametrize("task_type", [None, TaskType.CAUSAL_LM])
