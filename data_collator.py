@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
@@ -203,12 +202,11 @@ class DataCollatorForHybridMaskedDiffusion:
     def _generator(self, input_ids: torch.Tensor) -> torch.Generator:
         if self.seed is None:
             # torch seeds its global state differently in every dataloader worker and epoch, but alike on every rank.
-            entropy = [int(torch.randint(2**62, ())), int(os.environ.get("RANK", 0))]
+            entropy = f"{int(torch.randint(2**62, ()))} {os.environ.get('RANK', 0)}".encode()
         else:
-            digest = hashlib.blake2b(input_ids.numpy().tobytes(), digest_size=16).digest()
-            entropy = [self.seed, int.from_bytes(digest, "little")]
-        seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
-        return torch.Generator().manual_seed(seed % 2**63)
+            entropy = f"{self.seed} ".encode() + input_ids.numpy().tobytes()
+        digest = hashlib.blake2b(entropy, digest_size=8).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
 
 
 __all__ = ["DataCollatorForHybridMaskedDiffusion"]

@@ -139,7 +139,8 @@ class EsoGenerationMixin(GenerationMixin):
         """
         self._check_prompt(input_ids, model_kwargs.get("attention_mask"), stopping_criteria)
         cache = model_kwargs.get("past_key_values")
-        device = input_ids.device
+        device = self.device
+        input_ids = input_ids.to(device)
         batch, prompt_length = input_ids.shape
         length = generation_config.max_length
         num_new = length - prompt_length
@@ -227,7 +228,8 @@ class EndOfText:
     """
 
     def __init__(self, generation_config: GenerationConfig, batch: int, length: int, device: torch.device):
-        self.eos_token_ids = generation_config._eos_token_tensor
+        eos_tokens = generation_config._eos_token_tensor
+        self.eos_token_ids = None if eos_tokens is None else eos_tokens.to(device)
         pad_token = generation_config._pad_token_tensor
         self.pad_token_id = 0 if pad_token is None else int(pad_token)
         self.length = length

@@ -366,11 +366,13 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
         """
         _require_exactly_one(input_ids, inputs_embeds)
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if position_ids is not None and position_ids.shape[-1] != tokens.shape[1]:
-            raise ValueError(
-                f"`position_ids` must give a text position for each of the {tokens.shape[1]} slots, "
-                f"got shape {tuple(position_ids.shape)}."
-            )
+        if position_ids is not None:
+            if position_ids.shape[-1] != tokens.shape[1]:
+                raise ValueError(
+                    f"`position_ids` must give a text position for each of the {tokens.shape[1]} slots, "
+                    f"got shape {tuple(position_ids.shape)}."
+                )
+            position_ids = position_ids.expand(tokens.shape[:2])
         if labels is None and (loss_weights is not None or sequential_rows is not None):
             raise ValueError("`loss_weights` and `sequential_rows` describe a loss and need `labels`.")
 
@@ -421,7 +423,9 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
             if hidden_states is not None:
                 hidden_states = tuple(_take_slots(states, slot_of_text) for states in hidden_states)
             if attentions is not None:
-                attentions = tuple(_take_slot_pairs(weights, slot_of_text) for weights in attentions)
+                attentions = tuple(
+                    None if weights is None else _take_slot_pairs(weights, slot_of_text) for weights in attentions
+                )
 
         if isinstance(logits_to_keep, int):
             last_hidden_state = last_hidden_state[:, -logits_to_keep:] if logits_to_keep else last_hidden_state

@@ -53,7 +53,7 @@ def main() -> None:
             max_new_tokens=args.length,
             alpha_0=alpha_0,
             num_diffusion_steps=args.num_diffusion_steps,
-            eos_token_id=[],
+            eos_token_id=None,
             return_dict_in_generate=True,
         )
         filled = states(output.unmasking_steps[0], output.num_function_evaluations)

@@ -102,7 +102,7 @@ def sample(path: Path, length: int, num_samples: int, temperature: float) -> Non
             alpha_0=alpha_0,
             num_diffusion_steps=steps,
             temperature=temperature,
-            eos_token_id=[],  # the training blocks run over several documents, so the samples may too
+            eos_token_id=None,  # the training blocks run over several documents, so the samples may too
             return_dict_in_generate=True,
         )
         seconds = time.perf_counter() - start

@@ -80,37 +80,41 @@ def test_sequential_phase_runs_left_to_right_after_the_diffusion_phase():
 
 
 @torch.no_grad()
-def test_log_probs_are_those_of_the_model_when_the_token_was_drawn():
-    """Scores each token anew: a pass over the clean tokens before its step and that step's masks, in order."""
+def test_log_probs_of_one_token_a_step_sum_to_the_likelihood_given_the_order():
+    """The two-stream pass scores the whole sequence in the order in which it was generated."""
+    model = randomized_model()
+    prompt = random_batch(model, 2, 3)
+    filters = {"temperature": 0.7, "top_k": 5}  # log_probs are taken before any filter
+    # So many time steps that no two tokens fall into one of them.
+    output = generate(model, input_ids=prompt, num_diffusion_steps=5000, alpha_0=0.6, **filters)
+    assert output.num_function_evaluations == 16
+    order = output.unmasking_steps.argsort(dim=-1, stable=True)
+    tokens = output.sequences.gather(1, order)
+    labels = tokens.masked_fill(torch.arange(19) < 3, -100)
+    loss = model(
+        tokens.masked_fill(labels != -100, MASK),
+        position_ids=order,
+        labels=labels,
+        sequential_rows=torch.ones(2, dtype=torch.bool),
+        num_items_in_batch=1,
+    ).loss
+    torch.testing.assert_close(output.log_probs.sum(), -loss, atol=1e-3, rtol=0)
+
+
+def test_processors_see_the_text_known_so_far():
     model = randomized_model()
     recorder = RecordLogits()
     output = generate(
-        model,
-        input_ids=random_batch(model, 1, 3),
-        num_diffusion_steps=5,
-        alpha_0=0.6,
-        temperature=0.7,
-        top_k=5,
-        logits_processor=[recorder],
+        model, input_ids=random_batch(model, 2, 3), num_diffusion_steps=4, alpha_0=0.6, logits_processor=[recorder]
     )
-    sequence, steps = output.sequences[0], output.unmasking_steps[0]
-    for step in range(1, output.num_function_evaluations + 1):
-        # Within a step the order of the masks is not reported: any slot alone has its own conditional when it is
-        # the only one of its step.
-        revealed = (steps == step).nonzero()[:, 0]
-        if len(revealed) > 1:
-            continue
-        known = recorder.contexts[step - 1][0]
-        assert torch.equal(known, sequence[(steps < step).nonzero()[:, 0]]), "processors see the known text in order"
-    assert (steps.bincount()[1:] > 1).any()
-    sequential = int((steps.bincount()[1:] > 1).nonzero()[-1]) + 2  # from here on one token a step
-    order = None
-    for step in range(sequential, output.num_function_evaluations + 1):
-        chosen = int((steps == step).nonzero())
-        scores = recorder.scores[step - 1]
-        torch.testing.assert_close(output.log_probs[0, chosen], scores.log_softmax(-1)[0, sequence[chosen]])
-        assert order is None or chosen > order
-        order = chosen
+    assert len(recorder.contexts) == output.num_function_evaluations
+    for step, (context, scores) in enumerate(zip(recorder.contexts, recorder.scores, strict=True), start=1):
+        slots_a_row = len(scores) // 2
+        assert slots_a_row == (output.unmasking_steps[0] == step).sum()
+        for row in range(2):
+            known = output.sequences[row, output.unmasking_steps[row] < step]
+            for slot in range(slots_a_row):
+                assert torch.equal(context[row * slots_a_row + slot], known)
 
 
 def test_rows_have_orders_of_their_own_and_repeat_with_the_seed():

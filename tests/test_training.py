@@ -1,5 +1,6 @@
 """The unmodified Trainer and PEFT: training, evaluation, accumulation, workers, adapters."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -69,7 +70,7 @@ def test_training_lowers_the_held_out_nelbo_and_the_model_generates(tmp_path):
     trainer.train()
     trainer.data_collator = replace(trainer.data_collator, seed=0)
     after = trainer.evaluate()["eval_loss"]
-    assert before == pytest.approx(torch.tensor(23.0).log(), rel=0.15)  # uniform over 23 tokens
+    assert before == pytest.approx(math.log(23), rel=0.15)  # uniform over 23 tokens
     assert after < 0.5 * before
     samples = model.eval().generate(max_new_tokens=12, num_return_sequences=8, alpha_0=0.0)
     steps_up = (samples[:, 1:] - samples[:, :-1]) % 20 == 1
