@@ -101,13 +101,7 @@ class EsoConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
         if not _is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
-        rope_types = {"default", *ROPE_INIT_FUNCTIONS}
-        rope_type, rope_theta = (self.rope_parameters.get(name) for name in ("rope_type", "rope_theta"))
-        if rope_type not in rope_types or not _is_number(rope_theta) or not rope_theta > 0:
-            raise ValueError(
-                f"`rope_parameters` must have a `rope_type` out of {sorted(rope_types)} and a positive `rope_theta`, "
-                f"got {self.rope_parameters!r}."
-            )
+        self._validate_rope_parameters()
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"`tie_word_embeddings` must be True or False, got {self.tie_word_embeddings!r}.")
 
@@ -131,6 +125,26 @@ class EsoConfig(PreTrainedConfig):
                         f"`{name}` and `mask_token_id` are both {token_id}: the mask is never a token of a text, "
                         f"so it needs an id of its own."
                     )
+
+    def _validate_rope_parameters(self):
+        rope_types = {"default", *ROPE_INIT_FUNCTIONS}
+        given = self.rope_parameters if isinstance(self.rope_parameters, dict) else {}
+        rope_type, rope_theta = given.get("rope_type"), given.get("rope_theta")
+        if rope_type not in rope_types or not _is_number(rope_theta) or not rope_theta > 0:
+            raise ValueError(
+                f"`rope_parameters` must have a `rope_type` out of {sorted(rope_types)} and a positive `rope_theta`, "
+                f"got {self.rope_parameters!r}."
+            )
+        if rope_type != "default":
+            try:
+                ROPE_INIT_FUNCTIONS[rope_type](self, "cpu")
+            except KeyError as error:
+                raise ValueError(f"`rope_parameters` of type {rope_type!r} must have the key {error}.") from error
+        head_dim = getattr(self, "head_dim", None)
+        if head_dim not in (None, self.hidden_size // self.num_attention_heads):
+            raise ValueError(
+                f"`head_dim` is always hidden_size / num_attention_heads, got {head_dim!r}: leave it unset."
+            )
 
     def _is_token_id(self, value) -> bool:
         return _is_integer(value) and 0 <= value < self.vocab_size

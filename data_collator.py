@@ -23,7 +23,9 @@ class DataCollatorForHybridMaskedDiffusion:
     Part of the rows feed the diffusion term (masked at a random time t, in uniform order, weight w(t)), the others
     the sequential term (masked at t = 0, the masks left to right, weight 1). Each term is normalised by the valid
     tokens of its own rows, so the loss, in nats per token, is the sum of both (arXiv 2506.01928, section 3). A batch
-    too small to split draws the phase of each row at random, with weights that keep the sum unbiased.
+    too small to split draws the phase of each row at random, with weights that keep the sum unbiased. Rows of equal
+    length (packed blocks) make the estimate exact in the mean; where lengths differ, it is a ratio of sums, which
+    approaches the NELBO per token as the batch grows.
 
     Args:
         tokenizer: Where `mask_token_id` and `pad_token_id` come from when they are not given.
@@ -63,8 +65,12 @@ class DataCollatorForHybridMaskedDiffusion:
             raise ValueError("`mask_token_id` must be given, or a `tokenizer` that has a mask token.")
         if self.pad_token_id is None:
             self.pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
-        if not 0 <= self.alpha_0 <= 1:
-            raise ValueError(f"`alpha_0` must be in [0, 1], got {self.alpha_0}.")
+        for name in ("alpha_0", "diffusion_fraction"):
+            value = getattr(self, name)
+            if value is None and name == "diffusion_fraction":
+                continue
+            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be a number in [0, 1], got {value!r}.")
         if self.diffusion_fraction is None:
             self.diffusion_fraction = float(self.alpha_0) if self.alpha_0 in (0, 1) else 0.5
         if self.alpha_0 in (0, 1):
@@ -82,8 +88,10 @@ class DataCollatorForHybridMaskedDiffusion:
             raise ValueError(f"`loss_type` must be 'elbo' or 'low_var', got {self.loss_type!r}.")
         if self.loss_type == "low_var" and self.alpha_0 != 1:
             raise ValueError(f"`loss_type='low_var'` is defined at alpha_0=1 only, got alpha_0={self.alpha_0}.")
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise ValueError(f"`pad_to_multiple_of` must be a positive integer, got {self.pad_to_multiple_of}.")
+        for name, low in (("pad_to_multiple_of", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < low):
+                raise ValueError(f"`{name}` must be None or an integer >= {low}, got {value!r}.")
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, is_real, labels = self._stack(examples)
@@ -134,9 +142,13 @@ class DataCollatorForHybridMaskedDiffusion:
         """Tokens, their reality and their labels of one example, (length,) each, checked."""
         if "input_ids" not in example:
             raise ValueError(f"Every example needs `input_ids`; example {index} has {sorted(example)}.")
-        input_ids = torch.as_tensor(example["input_ids"], dtype=torch.long)
-        if input_ids.dim() != 1:
-            raise ValueError(f"`input_ids` of an example must be a list of ids, got shape {tuple(input_ids.shape)}.")
+        input_ids = torch.as_tensor(example["input_ids"])
+        if input_ids.dim() != 1 or (input_ids.is_floating_point() and len(input_ids) > 0):
+            raise ValueError(
+                f"`input_ids` of example {index} must be a list of integer ids, got shape {tuple(input_ids.shape)} "
+                f"and dtype {input_ids.dtype}."
+            )
+        input_ids = input_ids.long()
         attention_mask = example.get("attention_mask")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
@@ -167,18 +179,20 @@ class DataCollatorForHybridMaskedDiffusion:
         The model divides by all valid tokens of the batch; the weights turn that into the valid tokens of the phase.
         """
         num_rows, fraction = len(counts), self.diffusion_fraction
-        num_diffusion = round(fraction * num_rows)
         if fraction in (0, 1):
             return torch.full((num_rows,), fraction == 0), torch.ones(num_rows, dtype=torch.float64)
-        if num_diffusion in (0, num_rows):
+        num_tokens = counts.sum(dim=-1).double()
+        candidates = num_tokens.nonzero()[:, 0]  # a row without valid tokens must not use up a phase
+        num_diffusion = round(fraction * len(candidates))
+        if num_diffusion in (0, len(candidates)):
             sequential_rows = torch.rand(num_rows, dtype=torch.float64, generator=generator) >= fraction
             return sequential_rows, torch.where(sequential_rows, 1 / (1 - fraction), 1 / fraction).double()
         sequential_rows = torch.ones(num_rows, dtype=torch.bool)
-        sequential_rows[torch.randperm(num_rows, generator=generator)[:num_diffusion]] = False
-        num_tokens = counts.sum(dim=-1).double()
+        shuffled = candidates[torch.randperm(len(candidates), generator=generator)]
+        sequential_rows[shuffled[:num_diffusion]] = False
         row_weights = torch.empty(num_rows, dtype=torch.float64)
         for phase in (sequential_rows, ~sequential_rows):
-            row_weights[phase] = num_tokens.sum() / num_tokens[phase].sum().clamp(min=1)
+            row_weights[phase] = num_tokens.sum() / num_tokens[phase].sum()
         return sequential_rows, row_weights
 
     def _order(

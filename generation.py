@@ -11,6 +11,30 @@ from .cache import PreallocatedCache
 from .generation_order import sample_generation_order
 from .noise_schedule import sample_unmasking_counts
 
+# Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
+# with the values that switch them off.
+LEFT_TO_RIGHT_SETTINGS = {
+    "min_new_tokens": (None, 0),
+    "min_length": (None, 0),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "begin_suppress_tokens": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "no_repeat_ngram_size": (None, 0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "sequence_bias": (None,),
+    "watermarking_config": (None,),
+}
+UNSUPPORTED_SETTINGS = {
+    "guidance_scale": (None, 1),
+    "penalty_alpha": (None, 0),
+    "prefill_chunk_size": (None,),
+    "output_scores": (None, False),
+    "output_logits": (None, False),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+
 
 class EsoGenerationConfig(GenerationConfig):
     """transformers' [`GenerationConfig`] with the fields of an Eso-LM's two phases.
@@ -47,7 +71,11 @@ class EsoGenerationConfig(GenerationConfig):
         return GenerationConfig._get_default_generation_params() | {"do_sample": True, "top_k": None}
 
     def validate(self, *args, **kwargs):
-        """Checks the fields of the two phases, then those of transformers."""
+        """Checks the fields of the two phases, and those of transformers."""
+        for name in ("max_length", "max_new_tokens", "num_return_sequences"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and value >= (1 if name[0] == "n" else 0)):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         super().validate(*args, **kwargs)
         alpha_0, steps = self.alpha_0, self.num_diffusion_steps
         if alpha_0 is not None and not (_is_number(alpha_0) and 0 <= alpha_0 <= 1):
@@ -82,6 +110,52 @@ class EsoGenerationMixin(GenerationMixin):
     unconditionally, from an empty prompt.
     """
 
+    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+        """Generates text; see [`EsoGenerationConfig`] and transformers' `generate` for the arguments.
+
+        Args:
+            inputs: (batch, tokens), the prompts; also as `input_ids`. None, or (batch, 0): unconditional.
+            generation_config: The settings, an [`EsoGenerationConfig`]; or give them one by one.
+
+        Returns:
+            (batch x num_return_sequences, length) ids, or an [`EsoGenerateOutput`] with `return_dict_in_generate`.
+
+        Raises:
+            ValueError: for prompts and settings that cannot be used.
+        """
+        name = "inputs" if inputs is not None else "input_ids"
+        prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        if prompts is None and kwargs.get("attention_mask") is not None:
+            raise ValueError("`attention_mask` needs `input_ids`.")
+        if prompts is not None:
+            prompts = self._check_prompts(name, prompts, kwargs.get("attention_mask"))
+            if prompts.shape[1] == 0:
+                # transformers looks for padding at the end of each prompt: empty ones become samples of one.
+                kwargs.pop("attention_mask", None)
+                settings = (kwargs, vars(generation_config or self.generation_config), vars(self.generation_config))
+                samples = next((n for n in (s.get("num_return_sequences") for s in settings) if n is not None), 1)
+                kwargs["num_return_sequences"] = samples * len(prompts)
+                prompts = prompts[:1]
+        return super().generate(prompts, generation_config, *args, **kwargs)
+
+    def _check_prompts(self, name: str, prompts, attention_mask) -> torch.LongTensor:
+        if not isinstance(prompts, torch.Tensor) or prompts.dim() != 2 or len(prompts) == 0:
+            given = tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else type(prompts).__name__
+            raise ValueError(f"`{name}` must be a tensor of shape (batch, tokens), got {given}.")
+        if prompts.is_floating_point() or prompts.dtype == torch.bool:
+            raise ValueError(f"`{name}` must hold integer ids, got {prompts.dtype}.")
+        if prompts.numel() > 0 and not 0 <= prompts.min() <= prompts.max() < self.config.vocab_size:
+            raise ValueError(
+                f"`{name}` must hold ids in [0, {self.config.vocab_size - 1}], got ids from {prompts.min()} to "
+                f"{prompts.max()}."
+            )
+        if attention_mask is not None and attention_mask.shape != prompts.shape:
+            raise ValueError(
+                f"`attention_mask` must have the shape of `{name}`, {tuple(prompts.shape)}, "
+                f"got {tuple(attention_mask.shape)}."
+            )
+        return prompts.long()
+
     def adjust_generation_fn(self, *args, **kwargs):
         # transformers reads generation_config.json into the base class: bring our fields and their checks back.
         super().adjust_generation_fn(*args, **kwargs)
@@ -102,6 +176,39 @@ class EsoGenerationMixin(GenerationMixin):
             raise ValueError("`streamer` is not supported: tokens are not decoded left to right.")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs(model_kwargs)
+        prepared = ("input_ids", "attention_mask", "past_key_values", "output_attentions", "output_hidden_states")
+        unused = [name for name, value in model_kwargs.items() if value is not None and name not in prepared]
+        if unused:
+            raise ValueError(f"`generate` has no use for the arguments {unused}.")
+
+    def _validate_settings(self, generation_config: EsoGenerationConfig, alpha_0: float) -> None:
+        self.config.validate_architecture()
+        off = UNSUPPORTED_SETTINGS if alpha_0 == 0 else UNSUPPORTED_SETTINGS | LEFT_TO_RIGHT_SETTINGS
+        for name, values in off.items():
+            value = getattr(generation_config, name, None)
+            if value not in values:
+                why = "is not supported" if name in UNSUPPORTED_SETTINGS else "presupposes left to right (alpha_0=0)"
+                raise ValueError(f"`{name}={value!r}` {why}: leave it unset.")
+        if alpha_0 > 0 and any(len(word) > 1 for word in generation_config.bad_words_ids or ()):
+            raise ValueError("`bad_words_ids` of several tokens presuppose left to right (alpha_0=0): leave them out.")
+        eos_token_ids = generation_config._eos_token_tensor
+        for name, ids in (
+            ("pad_token_id", [] if generation_config.pad_token_id is None else [generation_config.pad_token_id]),
+            ("eos_token_id", [] if eos_token_ids is None else eos_token_ids.tolist()),
+        ):
+            for token_id in ids:
+                if not 0 <= token_id < self.config.vocab_size or token_id == self.config.mask_token_id:
+                    raise ValueError(
+                        f"`{name}` must be an id of the vocabulary, in [0, {self.config.vocab_size - 1}], and not the "
+                        f"mask ({self.config.mask_token_id}), got {token_id}."
+                    )
+        # PEFT hooks itself into this method: soft prompts would have to be fed as embeddings.
+        peft_model = getattr(self.prepare_inputs_for_generation, "__self__", None)
+        if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
+            raise ValueError("`generate` does not support PEFT's prompt learning; LoRA and its kin work.")
+
     def _maybe_initialize_input_ids_for_generation(self, inputs, bos_token_id, model_kwargs):
         if inputs is None:
             return torch.empty(1, 0, dtype=torch.long, device=self.device)
@@ -110,18 +217,17 @@ class EsoGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         if model_kwargs.get("past_key_values") is not None:
             raise ValueError("`past_key_values` cannot be passed to `generate`: it makes its own cache.")
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"`cache_implementation` must be unset (preallocated) or 'dynamic', which can drop slots as every "
+                f"decoding step does, got {generation_config.cache_implementation!r}."
+            )
         if generation_config.use_cache and generation_config.cache_implementation is None:
             model_kwargs["past_key_values"] = PreallocatedCache(
                 self.config.num_hidden_layers, generation_config.max_length
             )
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-        cache = model_kwargs.get("past_key_values")
-        if cache is not None and not all(layer.is_croppable for layer in cache.layers):
-            raise ValueError(
-                f"`cache_implementation={generation_config.cache_implementation!r}` cannot drop slots, as every "
-                f"decoding step does. Leave it unset, or use 'dynamic'."
-            )
+        else:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
     def _sample(
         self,
@@ -137,7 +243,9 @@ class EsoGenerationMixin(GenerationMixin):
         of the generation order. The keys and values of the tokens are kept, those of the masks dropped, and the
         masks' tokens are drawn in parallel (arXiv 2506.01928, section 4).
         """
-        self._check_prompt(input_ids, model_kwargs.get("attention_mask"), stopping_criteria)
+        alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
+        self._validate_settings(generation_config, alpha_0)
+        self._refuse_unsupported_prompts(input_ids, model_kwargs.get("attention_mask"), stopping_criteria)
         cache = model_kwargs.get("past_key_values")
         device = self.device
         input_ids = input_ids.to(device)
@@ -145,7 +253,6 @@ class EsoGenerationMixin(GenerationMixin):
         length = generation_config.max_length
         num_new = length - prompt_length
 
-        alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
         num_steps = generation_config.num_diffusion_steps or num_new
         # All rows share the counts, each has its own order: every row alone follows the right distribution.
         counts = sample_unmasking_counts(num_new, num_steps, alpha_0)
@@ -181,6 +288,12 @@ class EsoGenerationMixin(GenerationMixin):
             if len(logits_processor) > 0:
                 known = order[:, :decided].sort(dim=-1).values
                 scores = _process_logits(logits_processor, tokens.gather(1, known), logits)
+                scores[..., self.config.mask_token_id] = -torch.inf
+            if not scores.amax(dim=-1).isfinite().all():
+                raise ValueError(
+                    "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an "
+                    "overflow in the model (float16?) or for a `logits_processor` that forbids everything."
+                )
             drawn = draw_tokens(scores) if generation_config.do_sample else scores.argmax(dim=-1)
             tokens.scatter_(1, positions, drawn)
             unmasking_steps.scatter_(1, positions, num_forwards)
@@ -204,9 +317,11 @@ class EsoGenerationMixin(GenerationMixin):
             log_probs=log_probs.masked_fill(is_padding, 0),
         )
 
-    def _check_prompt(self, input_ids, attention_mask, stopping_criteria):
+    def _refuse_unsupported_prompts(self, input_ids, attention_mask, stopping_criteria):
         if attention_mask is not None and not attention_mask.all():
-            raise ValueError("`attention_mask` must be all ones: prompts of different lengths are not supported.")
+            raise ValueError(
+                "`attention_mask` must be all ones: generate for prompts of different lengths one at a time."
+            )
         if (input_ids == self.config.mask_token_id).any():
             raise ValueError(
                 f"`input_ids` holds the mask id {self.config.mask_token_id}: filling in holes is not supported."

@@ -50,14 +50,13 @@ class EsoTimestepEmbedding(nn.Module):
 
 
 class EsoModulation(nn.Linear):
-    """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates)."""
+    """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates).
+
+    A linear layer like any other, but for its initialisation at zero.
+    """
 
     def __init__(self, config: EsoConfig, num_vectors: int):
         super().__init__(config.cond_dim, num_vectors * config.hidden_size)
-        self.num_vectors = num_vectors
-
-    def forward(self, conditioning: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return super().forward(conditioning).chunk(self.num_vectors)
 
 
 class EsoLayerNorm(nn.Module):
@@ -174,7 +173,7 @@ class EsoDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning)
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6)
 
         update, _ = self.self_attn(
             self.input_layernorm(hidden_states, attn_shift, attn_scale),
@@ -202,6 +201,23 @@ class EsoPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": EsoDecoderLayer, "attentions": EsoAttention}
+
+    # The Auto classes that a saved folder loads through with `trust_remote_code=True`.
+    _auto_classes = ("AutoModel",)
+
+    def __init__(self, config: EsoConfig, *args, **kwargs):
+        # The fields may have been changed since the config was made, by from_pretrained(..., alpha_0=2) for example.
+        if isinstance(config, EsoConfig):
+            config.validate_architecture()
+        super().__init__(config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Saves weights, configurations and the code, so that the folder loads with `trust_remote_code=True`."""
+        # transformers records the one Auto class that a model class is registered for; users come through several.
+        self.config.auto_map = {"AutoConfig": _module_and_name(type(self.config))} | {
+            auto_class: _module_and_name(type(self)) for auto_class in self._auto_classes
+        }
+        super().save_pretrained(save_directory, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -288,7 +304,7 @@ class EsoModel(EsoPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states, *self.modulation(conditioning))
+        hidden_states = self.norm(hidden_states, *self.modulation(conditioning).chunk(2))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
@@ -300,6 +316,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
     """
 
     generation_config_class = EsoGenerationConfig
+    _auto_classes = ("AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM")
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -365,6 +382,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
             ValueError: for contradictory arguments.
         """
         _require_exactly_one(input_ids, inputs_embeds)
+        if input_ids is not None and input_ids.dim() != 2:
+            raise ValueError(f"`input_ids` must have the shape (batch, slots), got {tuple(input_ids.shape)}.")
         tokens = input_ids if input_ids is not None else inputs_embeds
         if position_ids is not None:
             if position_ids.shape[-1] != tokens.shape[1]:
@@ -374,7 +393,16 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
                 )
             position_ids = position_ids.expand(tokens.shape[:2])
         if labels is None and (loss_weights is not None or sequential_rows is not None):
-            raise ValueError("`loss_weights` and `sequential_rows` describe a loss and need `labels`.")
+            raise ValueError(
+                "`loss_weights` and `sequential_rows` describe a loss and need `labels` (which Trainer takes away "
+                "when `label_smoothing_factor` is not 0)."
+            )
+        batch, slots = tokens.shape[:2]
+        _require_shape("labels", labels, (batch, slots))
+        _require_shape("loss_weights", loss_weights, (batch, slots))
+        _require_shape("sequential_rows", sequential_rows, (batch,))
+        if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+            _require_shape("attention_mask", attention_mask, (batch, slots))
 
         order = None
         in_text_order = position_ids is None and past_key_values is None and not use_cache
@@ -437,18 +465,6 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
             hidden_states=hidden_states,
             attentions=attentions,
         )
-
-    def save_pretrained(self, save_directory, **kwargs):
-        """Saves weights, configurations and the code, so that the folder loads with `trust_remote_code=True`."""
-        own_class = f"{__name__.rsplit('.', 1)[-1]}.{type(self).__name__}"
-        # transformers records the one Auto class that a model class is registered for; users come through several.
-        self.config.auto_map = {
-            "AutoConfig": f"{type(self.config).__module__.rsplit('.', 1)[-1]}.{type(self.config).__name__}",
-            "AutoModel": own_class,
-            "AutoModelForMaskedLM": own_class,
-            "AutoModelForCausalLM": own_class,
-        }
-        super().save_pretrained(save_directory, **kwargs)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden_states)
@@ -594,6 +610,11 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
         return outputs.last_hidden_state[:, slots:][is_query]
 
 
+def _module_and_name(cls: type) -> str:
+    """A class as transformers' `auto_map` names it: module.Class, the module without its packages."""
+    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
+
+
 def _implementation_for(
     config: EsoConfig, attention_mask: torch.Tensor | None = None, dense_mask: bool = False
 ) -> str:
@@ -606,6 +627,11 @@ def _require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Te
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
+
+
+def _require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]):
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def _take_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
@@ -624,6 +650,7 @@ def _take_slot_pairs(weights: torch.Tensor, slots: torch.LongTensor) -> torch.Te
     return weights.transpose(1, 3)[rows, slots[:, :, None], slots[:, None, :]].permute(0, 3, 2, 1)
 
 
+EsoModel.register_for_auto_class("AutoModel")
 EsoForMaskedDiffusion.register_for_auto_class("AutoModel")
 
 __all__ = ["EsoForMaskedDiffusion", "EsoModel", "EsoPreTrainedModel"]

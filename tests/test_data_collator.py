@@ -108,6 +108,14 @@ def test_each_phase_is_normalised_by_its_own_tokens():
     torch.testing.assert_close(batch["loss_weights"][sequential], masked[sequential] * expected)
 
 
+def test_rows_without_valid_tokens_use_up_no_phase():
+    """Two rows that count and six that do not: each phase gets one of the two."""
+    rows = examples(4, 4) + [row | {"labels": [-100] * 4} for row in examples(4, 4, 4, 4, 4, 4)]
+    for seed in range(20):
+        sequential = collator(alpha_0=0.5, seed=seed)(rows)["sequential_rows"]
+        assert sequential[:2].sum() == 1
+
+
 def test_phases_of_the_pure_models():
     assert not collator(alpha_0=1.0)(examples(4, 4))["sequential_rows"].any()
     batch = collator(alpha_0=0.0)(examples(4, 4))
@@ -166,12 +174,15 @@ def test_pads_to_a_multiple():
     ("settings", "message"),
     [
         ({"mask_token_id": None}, "`mask_token_id` must be given"),
-        ({"alpha_0": 1.5}, r"`alpha_0` must be in \[0, 1\], got 1.5"),
+        ({"alpha_0": 1.5}, r"`alpha_0` must be a number in \[0, 1\], got 1.5"),
         ({"diffusion_fraction": 1.0}, r"`diffusion_fraction` must be in \(0, 1\)"),
         ({"alpha_0": 1.0, "diffusion_fraction": 0.5}, "`diffusion_fraction` must be 1 at alpha_0=1"),
         ({"loss_type": "mse"}, "`loss_type` must be"),
         ({"loss_type": "low_var"}, "alpha_0=1 only"),
         ({"pad_to_multiple_of": 0}, "`pad_to_multiple_of`"),
+        ({"alpha_0": "half"}, "`alpha_0` must be a number"),
+        ({"diffusion_fraction": -0.5}, "`diffusion_fraction` must be a number"),
+        ({"seed": 1.5}, "`seed` must be None or an integer"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -185,7 +196,8 @@ def test_settings_out_of_range_are_refused(settings, message):
         ([], "at least one token"),
         ([{"input_ids": []}], "at least one token"),
         ([{"text": "no ids"}], "needs `input_ids`"),
-        ([{"input_ids": [[1, 2]]}], "must be a list of ids"),
+        ([{"input_ids": [[1, 2]]}], "must be a list of integer ids"),
+        ([{"input_ids": [1.5, 2.5]}], "must be a list of integer ids"),
         ([{"input_ids": [1, MASK]}], "holds the mask id 99"),
         ([{"input_ids": [1, 2], "labels": [1]}], "`labels` of example 0 must be as long"),
         ([{"input_ids": [1, 2], "labels": [2, -100]}], "must equal `input_ids`"),

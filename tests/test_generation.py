@@ -140,6 +140,32 @@ def test_defaults_come_from_the_model():
     assert isinstance(model.generate(max_length=9), torch.Tensor)
 
 
+def test_empty_prompts_are_unconditional_samples():
+    model = randomized_model()
+    empty = torch.empty(3, 0, dtype=torch.long)
+    assert generate(model, input_ids=empty, pad_token_id=1).sequences.shape == (3, 16)
+    assert generate(model, input_ids=empty, num_return_sequences=2, pad_token_id=1).sequences.shape == (6, 16)
+    assert generate(model, input_ids=empty[:1]).sequences.shape == (1, 16)
+
+
+def test_a_processor_cannot_bring_the_mask_back():
+    model = randomized_model()
+
+    def favour_the_mask(input_ids, scores):
+        return scores.index_fill(-1, torch.tensor([MASK]), 100.0)
+
+    assert (generate(model, logits_processor=[favour_the_mask]).sequences != MASK).all()
+
+
+def test_settings_that_count_from_the_left_hold_at_alpha_0_of_zero():
+    model = randomized_model()
+    model.lm_head.bias.data[7] = 8.0
+    arguments = {"alpha_0": 0.0, "eos_token_id": 7, "pad_token_id": 9, "num_return_sequences": 8}
+    ended = generate(model, **arguments).sequences
+    assert (ended[:, :5] == 7).any()
+    assert not (generate(model, min_new_tokens=5, **arguments).sequences[:, :5] == 7).any()
+
+
 def test_filters_of_transformers_apply():
     model = randomized_model()
     recorder = RecordLogits()
@@ -219,7 +245,25 @@ def test_draws_reach_the_tail_and_nothing_beyond(monkeypatch, uniform, token):
         ({"assistant_model": "self"}, "has no meaning for an Eso-LM"),
         ({"alpha_0": 1.5}, r"`alpha_0` must be None or a number in \[0, 1\], got 1.5"),
         ({"num_diffusion_steps": 0}, "`num_diffusion_steps` must be None or a positive integer, got 0"),
-        ({"cache_implementation": "static"}, "cannot drop slots"),
+        ({"cache_implementation": "static"}, "`cache_implementation` must be unset"),
+        ({"input_ids": torch.ones(0, 3).long()}, r"shape \(batch, tokens\), got \(0, 3\)"),
+        ({"input_ids": torch.ones(3).long()}, r"shape \(batch, tokens\), got \(3,\)"),
+        ({"input_ids": [[1, 2]]}, "got list"),
+        ({"input_ids": torch.ones(1, 3)}, "integer ids, got torch.float32"),
+        ({"input_ids": torch.tensor([[1, 24]])}, r"ids in \[0, 23\], got ids from 1 to 24"),
+        ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(1, 3)}, "shape of `input_ids`"),
+        ({"attention_mask": torch.ones(1, 3)}, "`attention_mask` needs `input_ids`"),
+        ({"input_ids": torch.ones(2, 2).long(), "attention_mask": torch.tensor([[0, 1], [1, 1]])}, "one at a time"),
+        ({"inputs_embeds": torch.ones(1, 3, 32)}, "no use for the arguments"),
+        ({"num_return_sequences": 0}, "`num_return_sequences` must be a positive integer, got 0"),
+        ({"max_new_tokens": 2.5}, "`max_new_tokens` must be a positive integer, got 2.5"),
+        ({"min_new_tokens": 3}, r"`min_new_tokens=3` presupposes left to right"),
+        ({"no_repeat_ngram_size": 2}, "`no_repeat_ngram_size=2` presupposes left to right"),
+        ({"bad_words_ids": [[3, 4]]}, "`bad_words_ids` of several tokens"),
+        ({"output_scores": True}, "`output_scores=True` is not supported"),
+        ({"eos_token_id": 99}, r"`eos_token_id` must be an id of the vocabulary, in \[0, 23\]"),
+        ({"pad_token_id": MASK}, r"`pad_token_id` must be .* not the mask \(23\), got 23"),
+        ({"logits_processor": [lambda ids, scores: scores - torch.inf]}, "No token can be drawn"),
         ({"input_ids": torch.tensor([[1, MASK]])}, "holds the mask id 23"),
         ({"max_time": 1.0}, "`max_time`"),
         ({"num_difusion_steps": 3}, "num_difusion_steps"),

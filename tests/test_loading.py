@@ -9,7 +9,7 @@ import torch
 from tiny_models import random_batch, random_orders, randomized_model, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from eso_lm import EsoConfig, EsoForMaskedDiffusion, EsoGenerationConfig
+from eso_lm import EsoConfig, EsoForMaskedDiffusion, EsoGenerationConfig, EsoModel
 
 AUTO_CLASSES = [AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM]
 
@@ -147,11 +147,29 @@ def test_config_defaults_are_the_small_model():
         ({"pad_token_id": 23}, "`pad_token_id` and `mask_token_id` are both 23"),
         ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings`"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "must have the key 'factor'"),
+        ({"head_dim": 16}, "`head_dim` is always"),
     ],
 )
 def test_config_refuses_what_cannot_be(fields, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**fields)
+
+
+def test_settings_are_checked_again_where_they_are_used(folder):
+    with pytest.raises(ValueError, match="`alpha_0` must be"):
+        AutoModel.from_pretrained(folder, alpha_0=9.0)
+    model = AutoModel.from_pretrained(folder)
+    model.resize_token_embeddings(20)  # the mask is lost
+    with pytest.raises(ValueError, match="`mask_token_id` must be"):
+        model.generate(max_new_tokens=3)
+
+
+def test_backbone_folder_holds_its_own_code(folder, tmp_path):
+    EsoModel.from_pretrained(folder).save_pretrained(tmp_path / "backbone")
+    auto_map = json.loads((tmp_path / "backbone" / "config.json").read_text())["auto_map"]
+    assert auto_map == {"AutoConfig": "configuration_eso.EsoConfig", "AutoModel": "modeling_eso.EsoModel"}
+    assert (tmp_path / "backbone" / "modeling_eso.py").exists()
 
 
 def test_an_invalid_config_is_not_saved(tmp_path):

@@ -390,6 +390,9 @@ def test_flex_attention_agrees_with_sdpa():
         ({"input_ids": torch.ones(1, 4).long(), "position_ids": torch.arange(3)[None]}, "each of the 4 slots"),
         ({"input_ids": torch.ones(1, 4).long(), "loss_weights": torch.ones(1, 4)}, "need `labels`"),
         ({"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 4).long(), "use_cache": True}, "no cache"),
+        ({"input_ids": torch.ones(4).long()}, r"`input_ids` must have the shape \(batch, slots\), got \(4,\)"),
+        ({"input_ids": torch.ones(1, 4).long(), "labels": torch.ones(1, 3).long()}, "`labels` must have the shape"),
+        ({"input_ids": torch.ones(1, 4).long(), "attention_mask": torch.ones(1, 3)}, "`attention_mask` must have"),
     ],
 )
 def test_contradictory_arguments_are_refused(arguments, message):

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from tiny_models import randomized_model, tiny_config
 from transformers import AutoModel, Trainer, TrainerCallback, TrainingArguments
 
@@ -159,3 +159,13 @@ def test_lora_trains_saves_loads_merges_and_generates(tmp_path, task_type):
     assert torch.equal(merged.generate(ids, max_new_tokens=6), samples)
     merged.save_pretrained(tmp_path / "merged")
     assert torch.equal(AutoModel.from_pretrained(tmp_path / "merged")(ids).logits, merged(ids).logits)
+
+
+def test_adapters_on_every_linear_layer_and_no_soft_prompts():
+    ids = torch.arange(10)[None]
+    lora = get_peft_model(randomized_model(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert any("modulation" in name for name, _ in lora.named_modules() if name.endswith("lora_A"))
+    torch.testing.assert_close(lora(input_ids=ids).logits, randomized_model()(ids).logits)
+    prompts = get_peft_model(randomized_model(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match="prompt learning"):
+        prompts.generate(input_ids=ids, max_new_tokens=3)
