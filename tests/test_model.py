@@ -352,6 +352,31 @@ def test_fresh_model_predicts_the_uniform_distribution():
         assert layer.self_attn.q_proj.weight.detach().std() == pytest.approx((1 / 3 / 32) ** 0.5, rel=0.1)
 
 
+@pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
+def test_rotary_frequencies_stay_exact_when_the_model_is_cast(cast):
+    model = randomized_model()
+    exact = model.model.rotary_emb.inv_freq.clone()
+    model.to(cast)
+    assert model.dtype == cast
+    assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
+def test_trains_and_generates_far_beyond_its_positions():
+    """No table is sized by max_position_embeddings: 32 in training, ten times as many here."""
+    model = randomized_model().train()
+    ids, order = random_batch(model, 2, 320), random_orders(2, 320)
+    fed = ids.masked_fill(torch.arange(320) >= 200, MASK)
+    loss = model(fed, position_ids=order, labels=ids, sequential_rows=torch.tensor([True, False])).loss
+    loss.backward()
+    assert loss.isfinite()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.eval()
+    far = random_orders(1, 40) + 280
+    logits = model(ids[:1, :40], position_ids=far).logits[0].double()
+    torch.testing.assert_close(logits, plain_logits(model, ids[0, :40], far[0]), atol=1e-3, rtol=1e-3)
+    assert model.generate(max_new_tokens=320, num_diffusion_steps=8, alpha_0=1.0).shape == (1, 320)
+
+
 def test_tied_head_shares_the_embedding():
     model = EsoForMaskedDiffusion(tiny_config(tie_word_embeddings=True)).eval()
     assert model.lm_head.weight is model.model.embed_tokens.weight

@@ -1,13 +1,14 @@
 """The authors' own numbers, where the tensors are at hand: forward, losses and cached sampling within 1e-4."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from convert_original_checkpoint import convert, convert_back
 from safetensors.torch import load_file
-from transformers import DynamicCache
+from transformers import AutoModel, DynamicCache
 
-from eso_lm import EsoConfig, EsoForMaskedDiffusion
 from eso_lm.cache import PreallocatedCache
 from eso_lm.noise_schedule import nelbo_weight
 
@@ -23,52 +24,37 @@ def expected():
     return load_file(REFERENCE / "expected.safetensors")
 
 
+LAYOUTS = {
+    "hub": (REFERENCE / "original_hub", {"alpha_0": 0.5}),
+    "lightning": (REFERENCE / "original.ckpt", {"mask_token_id": MASK}),
+}
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def folder(request, tmp_path_factory) -> Path:
+    checkpoint, missing = LAYOUTS[request.param]
+    output = tmp_path_factory.mktemp("converted") / "model"
+    convert(checkpoint, output, **missing)
+    return output
+
+
 @pytest.fixture(params=["sdpa", "eager"])
-def model(request):
-    model = EsoForMaskedDiffusion(
-        EsoConfig(
-            vocab_size=37,
-            mask_token_id=MASK,
-            hidden_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            cond_dim=32,
-            max_position_embeddings=24,
-            alpha_0=0.5,
-        )
-    )
-    model.load_state_dict(our_weights(load_file(REFERENCE / "original_hub" / "model.safetensors")))
-    model.set_attn_implementation(request.param)
-    return model.eval()
+def model(request, folder):
+    return AutoModel.from_pretrained(folder, attn_implementation=request.param)
 
 
-def our_weights(original: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {
-        "vocab_embed.embedding": "model.embed_tokens.weight",
-        "sigma_map.mlp.0": "model.timestep_embedding.in_proj",
-        "sigma_map.mlp.2": "model.timestep_embedding.out_proj",
-        "output_layer.norm_final": "model.norm",
-        "output_layer.linear": "lm_head",
-        "output_layer.adaLN_modulation": "model.modulation",
-        "blocks.": "model.layers.",
-        "norm1": "input_layernorm",
-        "norm2": "post_attention_layernorm",
-        "attn_out": "self_attn.o_proj",
-        "mlp.0": "mlp.up_proj",
-        "mlp.2": "mlp.down_proj",
-        "adaLN_modulation": "modulation",
-    }
-    weights = {}
+def test_conversion_back_is_bit_exact(folder, tmp_path):
+    convert_back(folder, tmp_path / "original")
+    original = load_file(REFERENCE / "original_hub" / "model.safetensors")
+    returned = load_file(tmp_path / "original" / "model.safetensors")
+    assert returned.keys() == original.keys()
     for name, tensor in original.items():
-        name = name.removeprefix("backbone.")
-        for theirs, ours in renamed.items():
-            name = name.replace(theirs, ours)
-        if name.endswith("attn_qkv.weight"):
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                weights[name.replace("attn_qkv", f"self_attn.{part}_proj")] = rows
-        elif "rotary_emb" not in name:
-            weights[name] = tensor
-    return weights
+        assert torch.equal(returned[name], tensor), name
+    stored, expected = (
+        json.loads((path / "config.json").read_text()) for path in (tmp_path / "original", REFERENCE / "original_hub")
+    )
+    for name in expected.keys() - {"transformers_version"}:
+        assert stored[name] == expected[name]
 
 
 def per_slot_losses(model, batch: dict[str, torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -98,6 +84,22 @@ def test_sequential_phase(model, expected):
     weights = (batch["input_ids"] == MASK).float()
     losses = per_slot_losses(model, batch, weights)
     torch.testing.assert_close(losses, expected["sequential.nll_per_token"], **TOLERANCE)
+
+
+@torch.no_grad()
+def test_log_likelihood_given_an_order(model, expected):
+    """Two streams with every slot queried: log p(x | order), one row at a time through the public loss."""
+    for index, order in enumerate(expected["likelihood.orders"]):
+        for row, text in enumerate(expected["x0"]):
+            tokens = text[order][None]
+            loss = model(
+                torch.full_like(tokens, MASK),
+                position_ids=order[None],
+                labels=tokens,
+                sequential_rows=torch.tensor([True]),
+                num_items_in_batch=1,
+            ).loss
+            torch.testing.assert_close(-loss, expected["likelihood.log_p_given_order"][row, index], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("preallocated", [True, False])
