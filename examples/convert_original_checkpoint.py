@@ -54,6 +54,8 @@ def read_checkpoint(path: Path, raw_weights: bool = False, trust_pickle: bool = 
         ValueError: when the file is of neither layout, unsafe to load, or has no EMA weights and they were asked for.
     """
     if path.is_dir():
+        if raw_weights:
+            raise ValueError("`raw_weights` is for Lightning checkpoints: a Hub folder holds one set of weights.")
         return _read_hub_folder(path)
     if not path.is_file():
         raise ValueError(f"`checkpoint` must be a Lightning checkpoint or a Hub folder, found nothing at {path}.")
@@ -76,6 +78,9 @@ def infer_config(tensors: Tensors, stored: Mapping[str, Any], overrides: Mapping
     missing = sorted({PREFIX + name for name, _ in size_from.values()} - tensors.keys())
     if missing:
         raise ValueError(f"`checkpoint` does not look like an Eso-LM: it lacks the tensors {missing}.")
+    flat = sorted(PREFIX + name for name, dim in size_from.values() if tensors[PREFIX + name].dim() != 2)
+    if flat:
+        raise ValueError(f"`checkpoint` does not look like an Eso-LM: the tensors {flat} are no matrices.")
     fields = {field: tensors[PREFIX + name].shape[dim] for field, (name, dim) in size_from.items()}
     layers = re.compile(rf"{re.escape(PREFIX)}blocks\.(\d+)\.")
     fields["num_hidden_layers"] = 1 + max(int(match[1]) for match in map(layers.match, tensors) if match)
@@ -121,7 +126,7 @@ def to_original_weights(model: EsoForMaskedDiffusion) -> Tensors:
 
 
 def to_original_config(config: EsoConfig) -> dict[str, Any]:
-    """The config.json of the authors' Hub folder; `alpha_0` rides along, so that nothing is lost on the way back."""
+    """The config.json of the authors' Hub folder, in which `alpha_0` and `tie_word_embeddings` ride along."""
     if config.rope_parameters != {"rope_type": "default", "rope_theta": 10000.0} or config.layer_norm_eps != 1e-5:
         raise ValueError("The authors' layout has no place for `rope_parameters` and `layer_norm_eps` of one's own.")
     return {
@@ -136,13 +141,18 @@ def to_original_config(config: EsoConfig) -> dict[str, Any]:
         "n_heads": config.num_attention_heads,
         "dropout": config.hidden_dropout,
         "alpha_0": config.alpha_0,
+        "tie_word_embeddings": config.tie_word_embeddings,
         "torch_dtype": str(config.dtype or torch.float32).removeprefix("torch."),
     }
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """A tokenizer by name or path; it gets a mask token, at the next free id, if it has none."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`tokenizer` must be the name or path of a tokenizer, got {name!r}: {reason}") from error
     if tokenizer.mask_token_id is None:
         tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     return tokenizer
@@ -199,7 +209,12 @@ def convert_back(folder: Path, output: Path) -> None:
         ValueError: when the model has settings that the layout cannot express; nothing is written then.
     """
     _require_free(output)
-    model = EsoForMaskedDiffusion.from_pretrained(folder)
+    if not (folder / "config.json").is_file() or _read_json(folder).get("model_type") != EsoConfig.model_type:
+        raise ValueError(f"`checkpoint` {folder} is not a model folder of eso_lm, which --to-original converts.")
+    model, loaded = EsoForMaskedDiffusion.from_pretrained(folder, output_loading_info=True)
+    problems = {kind: sorted(map(str, names)) for kind, names in loaded.items() if names}
+    if problems:
+        raise ValueError(f"`checkpoint` {folder} does not hold the whole model: {problems}.")
     tensors = {name: tensor.contiguous() for name, tensor in to_original_weights(model).items()}
     config = to_original_config(model.config)
 
@@ -231,10 +246,10 @@ def _read_hub_folder(folder: Path) -> tuple[Tensors, dict]:
         raise ValueError(
             f"`checkpoint` folder {folder} must hold config.json and model.safetensors, it lacks {absent}."
         )
+    config = _read_json(folder)
     try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
         tensors = load_file(weights_path)
-    except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError) as error:
+    except SafetensorError as error:
         raise ValueError(f"`checkpoint` folder {folder} is damaged: {error}.") from error
     if config.get("model_type") == EsoConfig.model_type:
         raise ValueError(f"{folder} is a model folder of eso_lm already; --to-original converts it back.")
@@ -244,20 +259,31 @@ def _read_hub_folder(folder: Path) -> tuple[Tensors, dict]:
         "max_position_embeddings": config.get("model_length"),
         "hidden_dropout": config.get("dropout"),
         "alpha_0": config.get("alpha_0"),
+        "tie_word_embeddings": config.get("tie_word_embeddings"),
     }
     return tensors, stored
 
 
+def _read_json(folder: Path) -> dict:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`checkpoint` folder {folder} has a damaged config.json: {error}.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"`checkpoint` folder {folder} has a config.json that is no dictionary: {config!r}.")
+    return config
+
+
 def _read_lightning_checkpoint(path: Path, raw_weights: bool, trust_pickle: bool) -> tuple[Tensors, dict]:
     checkpoint = _load_pickle(path, trust_pickle)
-    if not isinstance(checkpoint, Mapping) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"`checkpoint` {path} is not a Lightning checkpoint: it has no `state_dict`.")
     tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
     if not raw_weights:
         tensors |= _ema_weights(checkpoint, [name for name in tensors if name != ROTARY_BUFFER])
 
-    settings = checkpoint.get("hyper_parameters", {}).get("config", {})
-    algorithm, model = settings.get("algo", {}), settings.get("model", {})
+    settings = (checkpoint.get("hyper_parameters") or {}).get("config") or {}
+    algorithm, model = settings.get("algo") or {}, settings.get("model") or {}
     for field, supported in (
         ("time_conditioning", False),
         ("diffusion_attn_mode", "causal"),
@@ -356,12 +382,12 @@ def main() -> None:
     checkpoint, output = args.pop("checkpoint"), args.pop("output")
     try:
         if args.pop("to_original"):
-            if any(value for value in args.values()):
+            if any(value is not None and value is not False for value in args.values()):
                 raise ValueError("--to-original takes --checkpoint and --output alone.")
             convert_back(checkpoint, output)
         else:
             convert(checkpoint, output, tokenizer_name=args.pop("tokenizer"), **args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     print(f"Wrote {output}")
 

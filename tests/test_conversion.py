@@ -178,7 +178,10 @@ def test_damaged_files_are_refused(tmp_path, content):
     [
         ({"ema": None}, "--raw-weights"),
         ({"ema": {"shadow_params": [torch.zeros(1)]}}, "1 EMA weights"),
-        ({"state_dict": {}}, "does not look like an Eso-LM|EMA weights"),
+        ({"ema": {"shadow_params": [torch.zeros(3)] * 30}}, "are no matrices"),
+        ({"state_dict": {}}, "0 parameters and 30 EMA weights"),
+        ({"state_dict": None}, "has no `state_dict`"),
+        ({"hyper_parameters": None}, "give --num-attention-heads VALUE --alpha-0 VALUE"),
         (
             {"hyper_parameters": {"config": SETTINGS | {"algo": {"diffusion_attn_mode": "bidirectional"}}}},
             "diffusion_attn_mode=bidirectional",
@@ -207,6 +210,38 @@ def test_folders_are_not_overwritten_nor_mistaken(hub_folder, tmp_path):
     (hub_folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="is damaged"):
         convert(hub_folder, tmp_path / "again")
+
+
+def test_tied_embeddings_stay_tied(tmp_path):
+    randomized_model(tie_word_embeddings=True).save_pretrained(tmp_path / "ours")
+    convert_back(tmp_path / "ours", tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "again")
+    loaded = AutoModel.from_pretrained(tmp_path / "again")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, AutoModel.from_pretrained(tmp_path / "ours").lm_head.weight)
+
+
+def test_back_from_what_is_no_model_of_ours_is_refused(hub_folder, tmp_path):
+    for folder in (hub_folder, tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is not a model folder of eso_lm"):
+            convert_back(folder, tmp_path / "theirs")
+    convert(hub_folder, tmp_path / "ours")
+    weights = load_file(tmp_path / "ours" / "model.safetensors")
+    del weights["lm_head.bias"]
+    save_file(weights, tmp_path / "ours" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing_keys.*lm_head\.bias"):
+        convert_back(tmp_path / "ours", tmp_path / "theirs")
+    assert not (tmp_path / "theirs").exists()
+
+
+def test_what_the_arguments_cannot_mean_is_refused(hub_folder, tmp_path):
+    with pytest.raises(ValueError, match="`raw_weights` is for Lightning"):
+        convert(hub_folder, tmp_path / "ours", raw_weights=True)
+    with pytest.raises(ValueError, match="`tokenizer` must be the name or path"):
+        convert(hub_folder, tmp_path / "ours", tokenizer_name=str(tmp_path / "nowhere"))
+    (hub_folder / "config.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="no dictionary"):
+        convert(hub_folder, tmp_path / "ours")
 
 
 def test_bfloat16_stays_bfloat16(tmp_path):
