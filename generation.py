@@ -8,8 +8,7 @@ from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthC
 from transformers.utils import ModelOutput
 
 from .cache import PreallocatedCache
-from .generation_order import sample_generation_order
-from .noise_schedule import sample_unmasking_counts
+from .generation_order import UNMASKING_ORDERS, plan_generation
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
@@ -46,6 +45,11 @@ class EsoGenerationConfig(GenerationConfig):
             parallel; the sequential phase decodes the others one by one, left to right. `None`: the model config's.
         num_diffusion_steps (`int`, *optional*): T, the time steps of the diffusion phase. Steps that reveal nothing
             cost no forward. `None`: as many as there are tokens to generate.
+        unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (the default; as in
+            training), "strided" (far apart from one another) or "left_to_right".
+        block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
+            diffusion steps are shared among them. Generation stops with the block in which every row has ended.
+            `None`: one block.
         kwargs: The fields of [`GenerationConfig`]; `do_sample` defaults to `True` and `top_k` to no filter.
 
     Raises:
@@ -55,6 +59,8 @@ class EsoGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs):
         self.alpha_0 = kwargs.pop("alpha_0", None)
         self.num_diffusion_steps = kwargs.pop("num_diffusion_steps", None)
+        self.unmasking_order = kwargs.pop("unmasking_order", None)
+        self.block_length = kwargs.pop("block_length", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
 
@@ -68,7 +74,8 @@ class EsoGenerationConfig(GenerationConfig):
 
     @staticmethod
     def _get_default_generation_params() -> dict:
-        return GenerationConfig._get_default_generation_params() | {"do_sample": True, "top_k": None}
+        defaults = {"do_sample": True, "top_k": None, "unmasking_order": "random"}
+        return GenerationConfig._get_default_generation_params() | defaults
 
     def validate(self, *args, **kwargs):
         """Checks the fields of the two phases, and those of transformers."""
@@ -77,11 +84,15 @@ class EsoGenerationConfig(GenerationConfig):
             if value is not None and not (isinstance(value, int) and value >= (1 if name[0] == "n" else 0)):
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         super().validate(*args, **kwargs)
-        alpha_0, steps = self.alpha_0, self.num_diffusion_steps
+        alpha_0 = self.alpha_0
         if alpha_0 is not None and not (_is_number(alpha_0) and 0 <= alpha_0 <= 1):
             raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
-        if steps is not None and not (isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1):
-            raise ValueError(f"`num_diffusion_steps` must be None or a positive integer, got {steps!r}.")
+        for name in ("num_diffusion_steps", "block_length"):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
+        if self.unmasking_order not in (None, *UNMASKING_ORDERS):
+            raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
 
 
 @dataclass
@@ -253,14 +264,18 @@ class EsoGenerationMixin(GenerationMixin):
         length = generation_config.max_length
         num_new = length - prompt_length
 
-        num_steps = generation_config.num_diffusion_steps or num_new
-        # All rows share the counts, each has its own order: every row alone follows the right distribution.
-        counts = sample_unmasking_counts(num_new, num_steps, alpha_0)
-        num_diffusion = sum(counts)
-        counts += [1] * (num_new - num_diffusion)
-        new_slots = sample_generation_order(batch, num_new, num_diffusion, device=device) + prompt_length
+        new_slots, counts = plan_generation(
+            batch,
+            num_new,
+            alpha_0,
+            generation_config.num_diffusion_steps,
+            generation_config.unmasking_order,
+            generation_config.block_length,
+            device,
+        )
         prompt_slots = torch.arange(prompt_length, device=device).expand(batch, prompt_length)
-        order = torch.cat([prompt_slots, new_slots], dim=-1)
+        order = torch.cat([prompt_slots, new_slots + prompt_length], dim=-1)
+        first_position_left = order.flip(-1).cummin(dim=-1).values.flip(-1)
 
         tokens = input_ids.new_full((batch, length), self.config.mask_token_id)
         tokens[:, :prompt_length] = input_ids
@@ -302,8 +317,7 @@ class EsoGenerationMixin(GenerationMixin):
                 log_probs.scatter_(1, positions, drawn_log_probs)
             decided += count
             end_of_text.update(drawn, positions)
-            # From the sequential phase on, everything still to come lies behind the next position.
-            if num_diffusion <= decided - prompt_length < num_new and end_of_text.is_before(order[:, decided]):
+            if decided < length and end_of_text.is_before(first_position_left[:, decided]):
                 break
 
         is_padding = end_of_text.padding()

@@ -4,7 +4,80 @@ Clean slots come before masked slots, padding comes last: with causal attention 
 else is needed to keep masks out of the clean tokens' states, and padding out of everybody's.
 """
 
+import math
+
 import torch
+
+from .noise_schedule import sample_unmasking_counts
+
+UNMASKING_ORDERS = ("random", "strided", "left_to_right")
+
+
+def plan_generation(
+    num_rows: int,
+    num_tokens: int,
+    alpha_0: float,
+    num_steps: int | None = None,
+    unmasking_order: str = "random",
+    block_length: int | None = None,
+    device: torch.device | str | None = None,
+) -> tuple[torch.Tensor, list[int]]:
+    """Plans in which order the tokens are generated, and how many by each forward.
+
+    Every block runs both phases before the next begins: a diffusion phase that reveals about α_0 of its tokens in
+    parallel, then a sequential phase that reveals the others one by one, left to right.
+
+    Args:
+        num_rows, num_tokens: Rows of the batch, and tokens to generate in each.
+        alpha_0: Expected fraction of tokens of the diffusion phase, in [0, 1].
+        num_steps: Time steps of the diffusion phase, shared among the blocks in proportion; None: one a token.
+        unmasking_order: Which tokens the diffusion phase takes. "random": uniform ones, as in training.
+            "strided": in step i those congruent to π(i) modulo the number of steps, π random, so that tokens drawn in
+            parallel stand far apart. "left_to_right": the next ones.
+        block_length: Tokens of a block; None: one block.
+        device: Where the order lives.
+
+    Returns:
+        The order, (num_rows, num_tokens), each row a permutation; and the number of tokens of each forward, shared by
+        the rows, of which every one alone follows the right distribution.
+    """
+    block_length = block_length or num_tokens
+    orders, counts = [torch.empty(num_rows, 0, dtype=torch.long, device=device)], []
+    for start in range(0, num_tokens, max(block_length, 1)):
+        size = min(block_length, num_tokens - start)
+        steps = size if num_steps is None else max(1, round(num_steps * size / num_tokens))
+        if unmasking_order == "strided":
+            order, diffusion_counts = _sample_strided_order(num_rows, size, min(steps, size), alpha_0, device)
+        else:
+            diffusion_counts = sample_unmasking_counts(size, steps, alpha_0)
+            num_shuffled = 0 if unmasking_order == "left_to_right" else sum(diffusion_counts)
+            order = sample_generation_order(num_rows, size, num_shuffled, device=device)
+        orders.append(order + start)
+        counts += diffusion_counts + [1] * (size - sum(diffusion_counts))
+    return torch.cat(orders, dim=-1), counts
+
+
+def _sample_strided_order(
+    num_rows: int, num_tokens: int, num_steps: int, alpha_0: float, device: torch.device | str | None
+) -> tuple[torch.Tensor, list[int]]:
+    """The strided order, (num_rows, num_tokens), and the number of tokens of each diffusion step.
+
+    The classes of positions modulo the number of steps differ in size by one at the most. All rows take a large class
+    in the same steps, so that they share the counts, and each draws which one.
+    """
+    # Rounded at random, so that the expected fraction of diffusion steps is α_0 whatever their number.
+    num_diffusion_steps = math.floor(alpha_0 * num_steps + float(torch.rand(())))
+    size, num_large = divmod(num_tokens, num_steps)
+    takes_large = torch.randperm(num_steps) < num_large
+    classes = torch.empty(num_rows, num_steps, dtype=torch.long, device=device)
+    classes[:, takes_large.to(classes.device)] = torch.rand(num_rows, num_large, device=device).argsort(dim=-1)
+    small = torch.rand(num_rows, num_steps - num_large, device=device).argsort(dim=-1) + num_large
+    classes[:, ~takes_large.to(classes.device)] = small
+    positions = torch.arange(num_tokens, device=device)
+    step_of_position = classes.argsort(dim=-1)[:, positions % num_steps]
+    # The classes of the other steps are left to the sequential phase together, left to right.
+    order = step_of_position.clamp(max=num_diffusion_steps).argsort(dim=-1, stable=True)
+    return order, [size + int(large) for large in takes_large[:num_diffusion_steps]]
 
 
 def sample_generation_order(

@@ -127,6 +127,40 @@ def test_rows_have_orders_of_their_own_and_repeat_with_the_seed():
     assert len({tuple(row.tolist()) for row in first.unmasking_steps}) == 4
 
 
+@pytest.mark.parametrize("unmasking_order", ["random", "strided", "left_to_right"])
+@pytest.mark.parametrize("block_length", [None, 5])
+@pytest.mark.parametrize("alpha_0", [0.5, 1.0])
+def test_every_order_is_exact_with_the_cache(unmasking_order, block_length, alpha_0):
+    model = randomized_model()
+    settings = {"unmasking_order": unmasking_order, "block_length": block_length, "alpha_0": alpha_0}
+    arguments = {"input_ids": random_batch(model, 2, 3), "num_diffusion_steps": 6, **settings}
+    cached, uncached = (generate(model, use_cache=use_cache, **arguments) for use_cache in (True, False))
+    assert torch.equal(cached.sequences, uncached.sequences)
+    assert torch.equal(cached.unmasking_steps, uncached.unmasking_steps)
+    torch.testing.assert_close(cached.log_probs, uncached.log_probs, atol=1e-4, rtol=0)
+    steps = cached.unmasking_steps[:, 3:]
+    if unmasking_order == "left_to_right":
+        assert (steps.diff(dim=-1) >= 0).all()
+    for start in range(0, 16, block_length or 16):
+        block = steps[:, start : start + (block_length or 16)]
+        assert (steps[:, :start] < block.min()).all(), "a block begins when the one before it is done"
+
+
+def test_a_strided_step_reveals_every_nth_token():
+    output = generate(randomized_model(), alpha_0=1.0, num_diffusion_steps=4, unmasking_order="strided")
+    for step in range(1, 5):
+        assert (output.unmasking_steps[0] == step).nonzero()[:, 0].diff().tolist() == [4, 4, 4]
+
+
+def test_blocks_stop_when_every_row_has_ended():
+    model = randomized_model()
+    model.lm_head.bias.data[7] = 50.0  # every token is the end of text
+    arguments = {"eos_token_id": 7, "pad_token_id": 9, "num_return_sequences": 3, "alpha_0": 1.0}
+    output = generate(model, block_length=4, num_diffusion_steps=4, **arguments)
+    assert output.num_function_evaluations == 1, "one step a block, and the first block ends all rows"
+    assert output.sequences.tolist() == [[7] + [9] * 15] * 3
+
+
 def test_defaults_come_from_the_model():
     model = randomized_model(alpha_0=0.0)
     assert generate(model).num_function_evaluations == 16
@@ -245,6 +279,8 @@ def test_draws_reach_the_tail_and_nothing_beyond(monkeypatch, uniform, token):
         ({"assistant_model": "self"}, "has no meaning for an Eso-LM"),
         ({"alpha_0": 1.5}, r"`alpha_0` must be None or a number in \[0, 1\], got 1.5"),
         ({"num_diffusion_steps": 0}, "`num_diffusion_steps` must be None or a positive integer, got 0"),
+        ({"block_length": 0}, "`block_length` must be None or a positive integer, got 0"),
+        ({"unmasking_order": "spiral"}, r"`unmasking_order` must be one of \('random', 'strided'"),
         ({"cache_implementation": "static"}, "`cache_implementation` must be unset"),
         ({"input_ids": torch.ones(0, 3).long()}, r"shape \(batch, tokens\), got \(0, 3\)"),
         ({"input_ids": torch.ones(3).long()}, r"shape \(batch, tokens\), got \(3,\)"),

@@ -8,7 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eso_lm.generation_order import order_of_slots, sample_generation_order, text_positions
+from eso_lm.generation_order import (
+    UNMASKING_ORDERS,
+    order_of_slots,
+    plan_generation,
+    sample_generation_order,
+    text_positions,
+)
 from eso_lm.noise_schedule import (
     EPSILON,
     keep_probability,
@@ -120,3 +126,53 @@ def test_order_of_slots_sorts_by_group_then_rank(data, batch, slots):
 def test_text_positions_count_real_tokens():
     is_real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
     assert text_positions(is_real)[is_real].tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    num_tokens=st.integers(0, 40),
+    alpha_0=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    num_steps=st.none() | st.integers(1, 60),
+    unmasking_order=st.sampled_from(UNMASKING_ORDERS),
+    block_length=st.none() | st.integers(1, 50),
+)
+def test_plans_cover_every_token_block_by_block(num_tokens, alpha_0, num_steps, unmasking_order, block_length):
+    order, counts = plan_generation(3, num_tokens, alpha_0, num_steps, unmasking_order, block_length)
+    assert order.shape == (3, num_tokens)
+    assert sum(counts) == num_tokens
+    assert all(count > 0 for count in counts)
+    if alpha_0 == 0:
+        assert counts == [1] * num_tokens
+    for row in order.tolist():
+        size = block_length or max(num_tokens, 1)
+        for start in range(0, num_tokens, size):
+            assert sorted(row[start : start + size]) == list(range(start, min(start + size, num_tokens)))
+        if unmasking_order == "left_to_right" or alpha_0 == 0:
+            assert row == list(range(num_tokens))
+
+
+@settings(max_examples=100, deadline=None)
+@given(num_tokens=st.integers(1, 60), num_steps=st.integers(1, 70))
+def test_strided_steps_take_tokens_far_apart(num_tokens, num_steps):
+    order, counts = plan_generation(4, num_tokens, 1.0, num_steps, "strided")
+    num_steps = min(num_steps, num_tokens)
+    assert len(counts) == num_steps
+    for row in order:
+        steps = row.split(counts)
+        assert all(len({position % num_steps for position in step.tolist()}) == 1 for step in steps)
+        assert sorted(int(step[0]) % num_steps for step in steps) == list(range(num_steps))
+
+
+def test_strided_diffusion_phase_has_its_share():
+    """α_0 = 0.3 of 5 steps is 1.5 steps: one or two, half of the time each."""
+    diffusion = []
+    for _ in range(400):
+        _, counts = plan_generation(1, 50, 0.3, 5, "strided")
+        diffusion.append(sum(count == 10 for count in counts))
+    assert set(diffusion) == {1, 2}
+    assert abs(sum(diffusion) / 400 - 1.5) < 4 * 0.5 / 20
+
+
+def test_strided_rows_differ():
+    order, _ = plan_generation(6, 24, 1.0, 6, "strided")
+    assert len({tuple(row.tolist()) for row in order}) > 1
