@@ -63,9 +63,9 @@ class EsoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.intermediate_size is None and _is_integer(self.hidden_size):
+        if self.intermediate_size is None and is_integer(self.hidden_size):
             self.intermediate_size = 4 * self.hidden_size
-        if self.mask_token_id is None and _is_integer(self.vocab_size):
+        if self.mask_token_id is None and is_integer(self.vocab_size):
             self.mask_token_id = self.vocab_size - 1
         super().__post_init__(**kwargs)
         self.validate_architecture()
@@ -87,7 +87,7 @@ class EsoConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             value = getattr(self, name)
-            if not _is_integer(value) or value < 1:
+            if not is_integer(value) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
         if self.hidden_size % (2 * self.num_attention_heads) != 0:
             raise ValueError(
@@ -97,9 +97,9 @@ class EsoConfig(PreTrainedConfig):
             )
         for name, low, high in (("alpha_0", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
             value = getattr(self, name)
-            if not _is_number(value) or not low <= value <= high:
+            if not is_number(value) or not low <= value <= high:
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
-        if not _is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
+        if not is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
         self._validate_rope_parameters()
         if not isinstance(self.tie_word_embeddings, bool):
@@ -130,7 +130,7 @@ class EsoConfig(PreTrainedConfig):
         rope_types = {"default", *ROPE_INIT_FUNCTIONS}
         given = self.rope_parameters if isinstance(self.rope_parameters, dict) else {}
         rope_type, rope_theta = given.get("rope_type"), given.get("rope_theta")
-        if rope_type not in rope_types or not _is_number(rope_theta) or not rope_theta > 0:
+        if rope_type not in rope_types or not is_number(rope_theta) or not rope_theta > 0:
             raise ValueError(
                 f"`rope_parameters` must have a `rope_type` out of {sorted(rope_types)} and a positive `rope_theta`, "
                 f"got {self.rope_parameters!r}."
@@ -147,14 +147,16 @@ class EsoConfig(PreTrainedConfig):
             )
 
     def _is_token_id(self, value) -> bool:
-        return _is_integer(value) and 0 <= value < self.vocab_size
+        return is_integer(value) and 0 <= value < self.vocab_size
 
 
-def _is_integer(value) -> bool:
+def is_integer(value) -> bool:
+    """Whether `value` is an integer, True and False not among them."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value) -> bool:
+def is_number(value) -> bool:
+    """Whether `value` is a real number, True and False not among them."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 

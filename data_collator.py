@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .configuration_eso import is_integer, is_number
 from .generation_order import order_of_slots, text_positions
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
 
@@ -69,7 +70,7 @@ class DataCollatorForHybridMaskedDiffusion:
             value = getattr(self, name)
             if value is None and name == "diffusion_fraction":
                 continue
-            if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+            if not is_number(value) or not 0 <= value <= 1:
                 raise ValueError(f"`{name}` must be a number in [0, 1], got {value!r}.")
         if self.diffusion_fraction is None:
             self.diffusion_fraction = float(self.alpha_0) if self.alpha_0 in (0, 1) else 0.5
@@ -90,7 +91,7 @@ class DataCollatorForHybridMaskedDiffusion:
             raise ValueError(f"`loss_type='low_var'` is defined at alpha_0=1 only, got alpha_0={self.alpha_0}.")
         for name, low in (("pad_to_multiple_of", 1), ("seed", 0)):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < low):
+            if value is not None and (not is_integer(value) or value < low):
                 raise ValueError(f"`{name}` must be None or an integer >= {low}, got {value!r}.")
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:

@@ -8,6 +8,7 @@ from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthC
 from transformers.utils import ModelOutput
 
 from .cache import PreallocatedCache
+from .configuration_eso import is_integer, is_number
 from .generation_order import UNMASKING_ORDERS, plan_generation
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
@@ -79,17 +80,17 @@ class EsoGenerationConfig(GenerationConfig):
 
     def validate(self, *args, **kwargs):
         """Checks the fields of the two phases, and those of transformers."""
-        for name in ("max_length", "max_new_tokens", "num_return_sequences"):
+        for name, low in (("max_length", 0), ("max_new_tokens", 1), ("num_return_sequences", 1)):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and value >= (1 if name[0] == "n" else 0)):
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            if value is not None and not (is_integer(value) and value >= low):
+                raise ValueError(f"`{name}` must be an integer >= {low}, got {value!r}.")
         super().validate(*args, **kwargs)
         alpha_0 = self.alpha_0
-        if alpha_0 is not None and not (_is_number(alpha_0) and 0 <= alpha_0 <= 1):
+        if alpha_0 is not None and not (is_number(alpha_0) and 0 <= alpha_0 <= 1):
             raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
         for name in ("num_diffusion_steps", "block_length"):
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+            if value is not None and not (is_integer(value) and value >= 1):
                 raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
         if self.unmasking_order not in (None, *UNMASKING_ORDERS):
             raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
@@ -410,10 +411,6 @@ def _as_eso_generation_config(generation_config: GenerationConfig) -> EsoGenerat
         return generation_config
     given = {name: value for name, value in generation_config.to_dict().items() if value is not None}
     return EsoGenerationConfig.from_dict(given)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 __all__ = ["EsoGenerateOutput", "EsoGenerationConfig", "EsoGenerationMixin"]
