@@ -1,4 +1,4 @@
-# `make demo` and `make test` set up all they need: Python 3.10 or later with pip is enough.
+# `make demo` and `make test` set up all they need: Python 3.11 or later with pip is enough.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
