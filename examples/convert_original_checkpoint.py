@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
+from eso_lm.model_card import model_card
 
 Tensors = dict[str, torch.Tensor]
 
@@ -109,6 +110,17 @@ def to_eso_weights(tensors: Tensors, config: EsoConfig) -> Tensors:
             problems.append(f"missing: {name}, shape {expected}")
         elif tuple(tensors[name].shape) != expected:
             problems.append(f"misshapen: {name}, shape {tuple(tensors[name].shape)} instead of {expected}")
+    dtypes = {str(tensor.dtype) for name, tensor in tensors.items() if name != ROTARY_BUFFER}
+    if len(dtypes) > 1 or not all(tensors[name].is_floating_point() for name in layout.keys() & tensors.keys()):
+        problems.append(f"of different or integer types: {sorted(dtypes)}; one floating-point type is needed")
+    head, embedding = (tensors.get(PREFIX + name) for name in ("output_layer.linear.weight", "vocab_embed.embedding"))
+    if config.tie_word_embeddings and not (head is None or embedding is None or torch.equal(head, embedding)):
+        problems.append("tied by the config, but different: embedding and head")
+    if ROTARY_BUFFER in tensors:
+        frequencies = EsoForMaskedDiffusion(_smallest(config)).model.rotary_emb.inv_freq
+        stored = tensors[ROTARY_BUFFER].float()
+        if stored.shape != frequencies.shape or not torch.allclose(stored, frequencies, rtol=1e-2):
+            problems.append(f"not the rotary frequencies of base 10000: {ROTARY_BUFFER}")
     if problems:
         raise ValueError("`checkpoint` does not fit the model that its sizes describe:\n  " + "\n  ".join(problems))
     weights = {}
@@ -195,6 +207,7 @@ def convert(
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder)
+        model_card(config, title=output.name).save(folder / "README.md")  # not the temporary name
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
@@ -211,7 +224,16 @@ def convert_back(folder: Path, output: Path) -> None:
     _require_free(output)
     if not (folder / "config.json").is_file() or _read_json(folder).get("model_type") != EsoConfig.model_type:
         raise ValueError(f"`checkpoint` {folder} is not a model folder of eso_lm, which --to-original converts.")
-    model, loaded = EsoForMaskedDiffusion.from_pretrained(folder, output_loading_info=True)
+    try:
+        weights_path = folder / "model.safetensors"
+        dtypes = {tensor.dtype for tensor in load_file(weights_path).values()} if weights_path.is_file() else {"auto"}
+        if len(dtypes) != 1:
+            raise ValueError(f"`checkpoint` {folder} mixes the types {sorted(map(str, dtypes))}; one is needed.")
+        # The type of the file, whatever the config says: the way back is exact to the bit.
+        model, loaded = EsoForMaskedDiffusion.from_pretrained(folder, dtype=dtypes.pop(), output_loading_info=True)
+    except (RuntimeError, SafetensorError, KeyError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"`checkpoint` {folder} cannot be loaded: {reason}") from error
     problems = {kind: sorted(map(str, names)) for kind, names in loaded.items() if names}
     if problems:
         raise ValueError(f"`checkpoint` {folder} does not hold the whole model: {problems}.")
@@ -223,6 +245,12 @@ def convert_back(folder: Path, output: Path) -> None:
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
     _write_whole(output, write)
+
+
+def _smallest(config: EsoConfig) -> EsoConfig:
+    """The config with one layer and a two-token vocabulary, but the rotary frequencies of the whole."""
+    fields = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
+    return EsoConfig(vocab_size=2, num_hidden_layers=1, intermediate_size=1, cond_dim=1, **fields)
 
 
 def _layout(config: EsoConfig) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -278,7 +306,8 @@ def _read_lightning_checkpoint(path: Path, raw_weights: bool, trust_pickle: bool
     checkpoint = _load_pickle(path, trust_pickle)
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         raise ValueError(f"`checkpoint` {path} is not a Lightning checkpoint: it has no `state_dict`.")
-    tensors = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name.startswith(PREFIX)}
+    state = checkpoint["state_dict"]
+    tensors = {name: tensor for name, tensor in state.items() if str(name).startswith(PREFIX)}
     if not raw_weights:
         tensors |= _ema_weights(checkpoint, [name for name in tensors if name != ROTARY_BUFFER])
 
@@ -314,13 +343,13 @@ def _load_pickle(path: Path, trust_pickle: bool) -> Any:
                 f"`checkpoint` {path} holds more than tensors and plain containers, and loading it could run any code "
                 f"({reason}). If you trust where it comes from, pass --trust-pickle."
             ) from error
-    except (RuntimeError, EOFError) as error:
+    except (RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"`checkpoint` {path} cannot be read as a PyTorch file: {error}.") from error
     try:
         return torch.load(path, map_location="cpu", weights_only=False)
     except ModuleNotFoundError as error:
         raise ValueError(f"`checkpoint` {path} needs the Python package {error.name!r} to be loaded.") from error
-    except (pickle.UnpicklingError, RuntimeError, AttributeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, AttributeError, EOFError, KeyError) as error:
         raise ValueError(f"`checkpoint` {path} cannot be read as a PyTorch file: {error}.") from error
 
 
@@ -341,7 +370,9 @@ def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: EsoConfig) -> N
             f"this is not the tokenizer that the checkpoint was trained with."
         )
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"`tokenizer` has {len(tokenizer)} tokens, the model {config.vocab_size}: too few.")
+        raise ValueError(
+            f"`tokenizer` must have at most the model's {config.vocab_size} tokens, got {len(tokenizer)}."
+        )
 
 
 def _require_free(output: Path) -> None:

@@ -212,6 +212,42 @@ def test_folders_are_not_overwritten_nor_mistaken(hub_folder, tmp_path):
         convert(hub_folder, tmp_path / "again")
 
 
+def test_card_has_the_name_of_the_folder(hub_folder, tmp_path):
+    convert(hub_folder, tmp_path / "ours")
+    assert 'AutoModel.from_pretrained("ours", trust_remote_code=True)' in (tmp_path / "ours/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("backbone.rotary_emb.inv_freq", lambda tensor: tensor * 0.5, "not the rotary frequencies"),
+        ("backbone.blocks.0.mlp.0.weight", lambda tensor: tensor.bfloat16(), "of different or integer types"),
+        ("backbone.blocks.0.mlp.0.weight", lambda tensor: tensor.int(), "of different or integer types"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(hub_folder, tmp_path, name, change, message):
+    tensors = load_file(hub_folder / "model.safetensors")
+    save_file(tensors | {name: change(tensors[name])}, hub_folder / "model.safetensors")
+    with pytest.raises(ValueError, match=message):
+        convert(hub_folder, tmp_path / "ours")
+    assert not (tmp_path / "ours").exists()
+
+
+def test_a_tied_config_over_different_matrices_is_refused(hub_folder, tmp_path):
+    config = json.loads((hub_folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (hub_folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="tied by the config, but different"):
+        convert(hub_folder, tmp_path / "ours")
+
+
+def test_way_back_keeps_the_type_of_the_file(hub_folder, tmp_path):
+    convert(hub_folder, tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    convert_back(tmp_path / "ours", tmp_path / "theirs")
+    assert (tmp_path / "theirs/model.safetensors").read_bytes() == (hub_folder / "model.safetensors").read_bytes()
+
+
 def test_tied_embeddings_stay_tied(tmp_path):
     randomized_model(tie_word_embeddings=True).save_pretrained(tmp_path / "ours")
     convert_back(tmp_path / "ours", tmp_path / "theirs")
