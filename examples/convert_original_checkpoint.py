@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 from eso_lm.model_card import model_card
+from eso_lm.modeling_eso import EsoRotaryEmbedding
 
 Tensors = dict[str, torch.Tensor]
 
@@ -117,7 +118,7 @@ def to_eso_weights(tensors: Tensors, config: EsoConfig) -> Tensors:
     if config.tie_word_embeddings and not (head is None or embedding is None or torch.equal(head, embedding)):
         problems.append("tied by the config, but different: embedding and head")
     if ROTARY_BUFFER in tensors:
-        frequencies = EsoForMaskedDiffusion(_smallest(config)).model.rotary_emb.inv_freq
+        frequencies = EsoRotaryEmbedding(config).inv_freq
         stored = tensors[ROTARY_BUFFER].float()
         if stored.shape != frequencies.shape or not torch.allclose(stored, frequencies, rtol=1e-2):
             problems.append(f"not the rotary frequencies of base 10000: {ROTARY_BUFFER}")
@@ -245,12 +246,6 @@ def convert_back(folder: Path, output: Path) -> None:
         save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
     _write_whole(output, write)
-
-
-def _smallest(config: EsoConfig) -> EsoConfig:
-    """The config with one layer and a two-token vocabulary, but the rotary frequencies of the whole."""
-    fields = {"hidden_size": config.hidden_size, "num_attention_heads": config.num_attention_heads}
-    return EsoConfig(vocab_size=2, num_hidden_layers=1, intermediate_size=1, cond_dim=1, **fields)
 
 
 def _layout(config: EsoConfig) -> dict[str, dict[str, tuple[int, ...]]]:
