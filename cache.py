@@ -17,11 +17,13 @@ class PreallocatedLayer(CacheLayerMixin):
         super().__init__()
         self.max_length = max_length
         self.length = 0
+        self.row_slots: torch.LongTensor | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_empty(*key_states.shape[:-2], self.max_length, key_states.shape[-1])
-        self.values = value_states.new_empty(*value_states.shape[:-2], self.max_length, value_states.shape[-1])
+        # Zeros, because a row may look past its own slots: attention gives them no weight, but 0 x NaN is NaN.
+        self.keys = key_states.new_zeros(*key_states.shape[:-2], self.max_length, key_states.shape[-1])
+        self.values = value_states.new_zeros(*value_states.shape[:-2], self.max_length, value_states.shape[-1])
         self.is_initialized = True
 
     def update(
@@ -29,16 +31,20 @@ class PreallocatedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self.length + key_states.shape[-2]
-        if end > self.max_length:
-            raise ValueError(
-                f"The cache holds `max_length={self.max_length}` slots, {self.length} are in use and "
-                f"{key_states.shape[-2]} more do not fit."
-            )
-        self.keys[..., self.length : end, :] = key_states
-        self.values[..., self.length : end, :] = value_states
-        self.length = end
-        return self.keys[..., :end, :], self.values[..., :end, :]
+        if self.row_slots is None:
+            start, self.length = self.length, self.length + key_states.shape[-2]
+            if self.length > self.max_length:
+                raise ValueError(
+                    f"The cache holds `max_length={self.max_length}` slots, {start} are in use and "
+                    f"{key_states.shape[-2]} more do not fit."
+                )
+            self.keys[..., start : self.length, :] = key_states
+            self.values[..., start : self.length, :] = value_states
+        else:
+            rows = torch.arange(len(self.row_slots), device=self.row_slots.device)[:, None]
+            self.keys[rows, :, self.row_slots] = key_states.transpose(1, 2)
+            self.values[rows, :, self.row_slots] = value_states.transpose(1, 2)
+        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.length + query_length, 0
@@ -59,11 +65,13 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length += tokens_to_remove
 
     def reset(self) -> None:
-        self.length = 0
+        self.length, self.row_slots = 0, None
 
 
 class PreallocatedCache(Cache):
     """A [`Cache`] of [`PreallocatedLayer`]s: exactly 2 x layers x batch x max_length x width x bytes of memory.
+
+    Rows may be of different lengths: `keep` says where every row goes on.
 
     Args:
         num_layers: Layers of the model.
@@ -72,3 +80,15 @@ class PreallocatedCache(Cache):
 
     def __init__(self, num_layers: int, max_length: int):
         super().__init__(layers=[PreallocatedLayer(max_length) for _ in range(num_layers)])
+
+    def keep(self, length: int, row_slots: torch.LongTensor | None = None) -> None:
+        """Says where the next slots go: whatever stands there or behind is forgotten.
+
+        Args:
+            length: Slots that stay in use, in every row; with `row_slots`, the slots that the next `update` returns,
+                of which each row's attention mask has to show its own.
+            row_slots: (batch, slots), where in its row each of the next slots is written, < `length`. A slot may be
+                named twice, for the same token. None: all rows go on at `length`.
+        """
+        for layer in self.layers:
+            layer.length, layer.row_slots = length, row_slots

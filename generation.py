@@ -1,36 +1,40 @@
 """Generation with an Eso-LM: `model.generate` as a decoding strategy of transformers' own `GenerationMixin`."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import EosTokenCriteria, GenerationMode, MaxLengthCriteria
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import BaseStreamer, GenerationMode
 from transformers.utils import ModelOutput
+from transformers.utils.logging import tqdm
 
 from .cache import PreallocatedCache
+from .canvas import Canvas, StopWatcher, TextFeed
 from .configuration_eso import is_integer, is_number
-from .generation_order import UNMASKING_ORDERS, plan_generation
+from .generation_order import UNMASKING_ORDERS
+from .logits_process import for_slots, process_logits
+from .sampling import Generators, draw_tokens, draw_uniform, select_tokens
+from .unmasking import DEFAULT_NUM_CANDIDATES, UnmaskingSchedule
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
 LEFT_TO_RIGHT_SETTINGS = {
-    "min_new_tokens": (None, 0),
-    "min_length": (None, 0),
     "forced_bos_token_id": (None,),
     "forced_eos_token_id": (None,),
     "begin_suppress_tokens": (None,),
     "exponential_decay_length_penalty": (None,),
-    "no_repeat_ngram_size": (None, 0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "sequence_bias": (None,),
     "watermarking_config": (None,),
 }
 UNSUPPORTED_SETTINGS = {
     "guidance_scale": (None, 1),
     "penalty_alpha": (None, 0),
     "prefill_chunk_size": (None,),
-    "output_scores": (None, False),
-    "output_logits": (None, False),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
@@ -51,6 +55,13 @@ class EsoGenerationConfig(GenerationConfig):
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
             diffusion steps are shared among them. Generation stops with the block in which every row has ended.
             `None`: one block.
+        confidence_threshold (`float`, *optional*): Adaptive unmasking in the diffusion phase: every forward looks at
+            a window of candidate masks and keeps those whose most probable token has at least this probability (of
+            each row at least the best); the others go back to the pool. In [0, 1]: 0 keeps all.
+        entropy_bound (`float`, *optional*): Adaptive unmasking that keeps the most certain candidates, as long as the
+            entropies of those before each one add up to at most this many nats (arXiv 2505.24857).
+        num_candidates (`int`, *optional*): Masks that adaptive unmasking looks at in a forward. `None`: 16.
+        progress_bar (`bool`, *optional*, defaults to `False`): Whether to show how many tokens have been decoded.
         kwargs: The fields of [`GenerationConfig`]; `do_sample` defaults to `True` and `top_k` to no filter.
 
     Raises:
@@ -62,6 +73,10 @@ class EsoGenerationConfig(GenerationConfig):
         self.num_diffusion_steps = kwargs.pop("num_diffusion_steps", None)
         self.unmasking_order = kwargs.pop("unmasking_order", None)
         self.block_length = kwargs.pop("block_length", None)
+        self.confidence_threshold = kwargs.pop("confidence_threshold", None)
+        self.entropy_bound = kwargs.pop("entropy_bound", None)
+        self.num_candidates = kwargs.pop("num_candidates", None)
+        self.progress_bar = kwargs.pop("progress_bar", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
 
@@ -80,20 +95,49 @@ class EsoGenerationConfig(GenerationConfig):
 
     def validate(self, *args, **kwargs):
         """Checks the fields of the two phases, and those of transformers."""
-        for name, low in (("max_length", 0), ("max_new_tokens", 1), ("num_return_sequences", 1)):
-            value = getattr(self, name)
+        for name in ("max_length", "max_new_tokens", "num_return_sequences"):
+            value, low = getattr(self, name), int(name == "num_return_sequences")
             if value is not None and not (is_integer(value) and value >= low):
                 raise ValueError(f"`{name}` must be an integer >= {low}, got {value!r}.")
-        super().validate(*args, **kwargs)
-        alpha_0 = self.alpha_0
-        if alpha_0 is not None and not (is_number(alpha_0) and 0 <= alpha_0 <= 1):
-            raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
-        for name in ("num_diffusion_steps", "block_length"):
+        # transformers refuses to generate 0 new tokens; here that fills in the holes of the prompt alone.
+        max_new_tokens, self.max_new_tokens = self.max_new_tokens, self.max_new_tokens or None
+        try:
+            super().validate(*args, **kwargs)
+        finally:
+            self.max_new_tokens = max_new_tokens
+        for name, low, high in (
+            ("alpha_0", 0, 1),
+            ("confidence_threshold", 0, 1),
+            ("entropy_bound", 0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and low <= value <= high):
+                raise ValueError(f"`{name}` must be None or a number in [{low}, {high}], got {value!r}.")
+        for name in ("num_diffusion_steps", "block_length", "num_candidates"):
             value = getattr(self, name)
             if value is not None and not (is_integer(value) and value >= 1):
                 raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
         if self.unmasking_order not in (None, *UNMASKING_ORDERS):
             raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
+        criteria = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
+        if len(criteria) > 1:
+            raise ValueError(f"{criteria} are two ways to choose the number of tokens a forward: set one of them.")
+        if criteria and self.num_diffusion_steps is not None:
+            raise ValueError(
+                f"`num_diffusion_steps={self.num_diffusion_steps}` fixes the number of forwards that "
+                f"`{criteria[0]}={getattr(self, criteria[0])}` is to find: set one of them (also in "
+                f"`model.generation_config`)."
+            )
+        if self.num_candidates is not None and not criteria:
+            raise ValueError(
+                f"`num_candidates={self.num_candidates}` is for adaptive unmasking: set `confidence_threshold` or "
+                f"`entropy_bound` too."
+            )
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether every forward of the diffusion phase decides itself how many tokens it keeps."""
+        return self.confidence_threshold is not None or self.entropy_bound is not None
 
 
 @dataclass
@@ -101,36 +145,52 @@ class EsoGenerateOutput(ModelOutput):
     """What `generate` returns with `return_dict_in_generate=True`.
 
     Args:
-        sequences: (batch, length), prompt and new tokens in text order; padding after the first end of text.
+        sequences: (batch, length), the prompt's columns as given, holes filled in, and the new tokens; padding after
+            the first end of text.
         num_function_evaluations: NFE, the number of forwards of the model.
         unmasking_steps: (batch, length); 0 = given (or padding), i = revealed by forward i.
         log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
             distribution before any filter; 0 where given (or padding).
+        scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
+            drawn, 0 where given (or padding).
+        logits: (batch, length, vocab), with `output_logits=True`; the same before any filter.
     """
 
     sequences: torch.LongTensor
     num_function_evaluations: int | None = None
     unmasking_steps: torch.LongTensor | None = None
     log_probs: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
 
 
 class EsoGenerationMixin(GenerationMixin):
     """Decodes an Eso-LM: a diffusion phase in parallel, then a sequential phase left to right, with an exact cache.
 
     `generate` is transformers' own and prepares inputs, length, logits processors and the rest; this class is the
-    decoding loop that it calls. The arguments are those of [`EsoGenerationConfig`]. Without `input_ids` it generates
-    unconditionally, from an empty prompt.
+    decoding loop that it calls. The arguments are those of [`EsoGenerationConfig`].
     """
 
     def generate(self, inputs=None, generation_config=None, *args, **kwargs):
-        """Generates text; see [`EsoGenerationConfig`] and transformers' `generate` for the arguments.
+        """Generates text, from prompts, into the holes of prompts, or from nothing.
 
         Args:
-            inputs: (batch, tokens), the prompts; also as `input_ids`. None, or (batch, 0): unconditional.
-            generation_config: The settings, an [`EsoGenerationConfig`]; or give them one by one.
+            inputs: (batch, tokens), the prompts; also as `input_ids`. Masks in them are filled in, all other tokens
+                stay as they are. None, or (batch, 0): unconditional.
+            generation_config: The settings, an [`EsoGenerationConfig`]; or give them one by one. Without a length, 20
+                tokens follow the prompts; or none, if a prompt has holes to fill in.
+            attention_mask: (batch, tokens), 1 real and 0 padding, on either side.
+            generator: A `torch.Generator` for all draws in place of torch's global one; or a list with one for each
+                row (samples of a prompt follow one another), which then does not depend on its batch.
+            streamer: Gets text as soon as all to its left is known, and drafts if it has `put_draft`; one row only.
+            logits_processor, stopping_criteria, ...: As in transformers. Processors get each slot as a row, with the
+                text known so far in text order. Criteria get the text known from the left, once for each token that
+                joins it: text ends where they say so. They also get it after every forward with the mask that
+                follows; who says stop then, as `max_time` does, leaves masks where nothing is decided yet.
 
         Returns:
-            (batch x num_return_sequences, length) ids, or an [`EsoGenerateOutput`] with `return_dict_in_generate`.
+            (batch x num_return_sequences, length) ids: the prompts' columns as given, then the new tokens. Or an
+            [`EsoGenerateOutput`] with `return_dict_in_generate`.
 
         Raises:
             ValueError: for prompts and settings that cannot be used.
@@ -148,7 +208,8 @@ class EsoGenerationMixin(GenerationMixin):
                 samples = next((n for n in (s.get("num_return_sequences") for s in settings) if n is not None), 1)
                 kwargs["num_return_sequences"] = samples * len(prompts)
                 prompts = prompts[:1]
-        return super().generate(prompts, generation_config, *args, **kwargs)
+        with _no_advice_on_padding():
+            return super().generate(prompts, generation_config, *args, **kwargs)
 
     def _check_prompts(self, name: str, prompts, attention_mask) -> torch.LongTensor:
         if not isinstance(prompts, torch.Tensor) or prompts.dim() != 2 or len(prompts) == 0:
@@ -174,7 +235,13 @@ class EsoGenerationMixin(GenerationMixin):
         self.generation_config = _as_eso_generation_config(self.generation_config)
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
+        # transformers checks the arguments with its own class, which refuses to generate 0 new tokens.
+        fills_holes_only = is_integer(kwargs.get("max_new_tokens")) and kwargs["max_new_tokens"] == 0
+        if fills_holes_only:
+            del kwargs["max_new_tokens"]
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        if fills_holes_only:
+            prepared.max_new_tokens = 0
         return _as_eso_generation_config(prepared), model_kwargs
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
@@ -184,27 +251,46 @@ class EsoGenerationMixin(GenerationMixin):
                 f"Eso-LM: it decodes in any order. Leave `num_beams` at 1 and `assistant_model`, "
                 f"`prompt_lookup_num_tokens` and the like unset."
             )
-        if "streamer" in generation_mode_kwargs:
-            raise ValueError("`streamer` is not supported: tokens are not decoded left to right.")
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
+        model_kwargs.pop("generator", None)
         super()._validate_model_kwargs(model_kwargs)
         prepared = ("input_ids", "attention_mask", "past_key_values", "output_attentions", "output_hidden_states")
         unused = [name for name, value in model_kwargs.items() if value is not None and name not in prepared]
         if unused:
             raise ValueError(f"`generate` has no use for the arguments {unused}.")
 
-    def _validate_settings(self, generation_config: EsoGenerationConfig, alpha_0: float) -> None:
+    def _prepare_generated_length(self, generation_config, has_default_max_length, inputs_tensor, **kwargs):
+        is_infilling = has_default_max_length and bool((inputs_tensor == self.config.mask_token_id).any())
+        if is_infilling and generation_config.max_new_tokens is None:
+            generation_config.max_new_tokens = 0
+        return super()._prepare_generated_length(
+            generation_config=generation_config,
+            has_default_max_length=has_default_max_length,
+            inputs_tensor=inputs_tensor,
+            **kwargs,
+        )
+
+    def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
+        if input_ids_length > generation_config.max_length:
+            raise ValueError(
+                f"`max_length={generation_config.max_length}` must be at least the length of the prompt, "
+                f"{input_ids_length} tokens; or set `max_new_tokens`."
+            )
+        if input_ids_length < generation_config.max_length:
+            super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
+
+    def _validate_settings(self, generation_config: EsoGenerationConfig, is_left_to_right: bool) -> None:
         self.config.validate_architecture()
-        off = UNSUPPORTED_SETTINGS if alpha_0 == 0 else UNSUPPORTED_SETTINGS | LEFT_TO_RIGHT_SETTINGS
+        off = UNSUPPORTED_SETTINGS if is_left_to_right else UNSUPPORTED_SETTINGS | LEFT_TO_RIGHT_SETTINGS
         for name, values in off.items():
             value = getattr(generation_config, name, None)
             if value not in values:
-                why = "is not supported" if name in UNSUPPORTED_SETTINGS else "presupposes left to right (alpha_0=0)"
+                why = "is not supported"
+                if name in LEFT_TO_RIGHT_SETTINGS:
+                    why = "presupposes left to right (alpha_0=0, no holes)"
                 raise ValueError(f"`{name}={value!r}` {why}: leave it unset.")
-        if alpha_0 > 0 and any(len(word) > 1 for word in generation_config.bad_words_ids or ()):
-            raise ValueError("`bad_words_ids` of several tokens presuppose left to right (alpha_0=0): leave them out.")
         eos_token_ids = generation_config._eos_token_tensor
         for name, ids in (
             ("pad_token_id", [] if generation_config.pad_token_id is None else [generation_config.pad_token_id]),
@@ -247,161 +333,199 @@ class EsoGenerationMixin(GenerationMixin):
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: EsoGenerationConfig,
+        synced_gpus: bool = False,
+        streamer: BaseStreamer | None = None,
+        generator: Generators = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **model_kwargs,
     ) -> EsoGenerateOutput | torch.LongTensor:
         """The decoding loop, called by `generate` in place of transformers' left-to-right one.
 
-        Each step feeds, on top of the cache, the tokens decided by the step before and then masks at the next slots
+        Each forward takes, on top of the cache, the tokens decided by the one before and then masks at the next slots
         of the generation order. The keys and values of the tokens are kept, those of the masks dropped, and the
-        masks' tokens are drawn in parallel (arXiv 2506.01928, section 4).
+        masks' tokens are drawn in parallel (arXiv 2506.01928, section 4). Rows advance independently.
         """
+        eos_tokens, pad_token = generation_config._eos_token_tensor, generation_config._pad_token_tensor
+        canvas = Canvas(
+            input_ids.cpu(),
+            None if attention_mask is None else attention_mask.cpu(),
+            generation_config.max_length,
+            self.config.mask_token_id,
+            eos_token_ids=[] if eos_tokens is None else eos_tokens.tolist(),
+            pad_token_id=0 if pad_token is None else int(pad_token),
+        )
         alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
-        self._validate_settings(generation_config, alpha_0)
-        self._refuse_unsupported_prompts(input_ids, model_kwargs.get("attention_mask"), stopping_criteria)
-        cache = model_kwargs.get("past_key_values")
-        device = self.device
-        input_ids = input_ids.to(device)
-        batch, prompt_length = input_ids.shape
-        length = generation_config.max_length
-        num_new = length - prompt_length
-
-        new_slots, counts = plan_generation(
-            batch,
-            num_new,
+        self._validate_settings(generation_config, is_left_to_right=alpha_0 == 0 and canvas.holds_prefixes())
+        _check_generator(generator, canvas.batch)
+        num_candidates = None
+        if generation_config.is_adaptive:
+            num_candidates = generation_config.num_candidates or DEFAULT_NUM_CANDIDATES
+        schedule = UnmaskingSchedule(
+            canvas,
             alpha_0,
             generation_config.num_diffusion_steps,
             generation_config.unmasking_order,
             generation_config.block_length,
-            device,
+            num_candidates,
+            generator,
         )
-        prompt_slots = torch.arange(prompt_length, device=device).expand(batch, prompt_length)
-        order = torch.cat([prompt_slots, new_slots + prompt_length], dim=-1)
-        first_position_left = order.flip(-1).cummin(dim=-1).values.flip(-1)
+        if isinstance(past_key_values, DynamicCache) and not schedule.in_lockstep and canvas.batch > 1:
+            raise ValueError(
+                "`cache_implementation='dynamic'` needs rows that advance together: leave it unset for prompts of "
+                "different lengths or numbers of holes, a generator for each row, and adaptive unmasking."
+            )
+        processors = for_slots(logits_processor)
+        watcher = StopWatcher(stopping_criteria, canvas, self.device)
+        recorded = {
+            name: torch.zeros(canvas.batch, canvas.length, self.config.vocab_size, device=self.device)
+            for name in ("scores", "logits")
+            if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}")
+        }
+        num_forwards = 0
+        progress = tqdm(total=sum(canvas.num_open), unit="token", disable=not generation_config.progress_bar)
+        feed = None if streamer is None else TextFeed(streamer, canvas)
+        try:
+            while self._has_unfinished_sequences(canvas.is_finished(), synced_gpus, self.device):
+                if canvas.is_finished():
+                    # Other processes go on, and need this one to take part in gathering the weights.
+                    self(input_ids=torch.full((1, 1), self.config.mask_token_id, device=self.device))
+                    continue
+                widths = schedule.next_widths(canvas.idle_rows(in_lockstep=schedule.in_lockstep))
+                rows, columns = schedule.columns(widths)
+                logits = self._decode(canvas, schedule, widths, past_key_values)  # (masks of all rows, vocab)
+                num_forwards += 1
 
-        tokens = input_ids.new_full((batch, length), self.config.mask_token_id)
-        tokens[:, :prompt_length] = input_ids
-        log_probs = torch.zeros(batch, length, device=device)
-        unmasking_steps = torch.zeros_like(tokens)
-        end_of_text = EndOfText(generation_config, batch, length, device)
-
-        num_forwards = cached = 0
-        decided = prompt_length
-        for count in counts:
-            positions = order[:, cached : decided + count]
-            logits = self(
-                input_ids=tokens.gather(1, positions),
-                position_ids=positions,
-                past_key_values=cache,
-                logits_to_keep=count,
-            ).logits.float()
-            num_forwards += 1
-            if cache is not None:
-                cache.crop(-count)
-                cached = decided
-
-            positions = order[:, decided : decided + count]
-            scores = logits
-            if len(logits_processor) > 0:
-                known = order[:, :decided].sort(dim=-1).values
-                scores = _process_logits(logits_processor, tokens.gather(1, known), logits)
-                scores[..., self.config.mask_token_id] = -torch.inf
-            if not scores.amax(dim=-1).isfinite().all():
-                raise ValueError(
-                    "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an "
-                    "overflow in the model (float16?) or for a `logits_processor` that forbids everything."
+                scores = logits
+                if processors:
+                    scores = process_logits(processors, logits, canvas, rows, columns)
+                    scores[:, self.config.mask_token_id] = -torch.inf
+                if generation_config.do_sample:
+                    drawn = draw_tokens(scores, draw_uniform(widths, generator, self.device))
+                else:
+                    drawn = scores.argmax(dim=-1)
+                log_probs = logits.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0]
+                is_drawable = scores.amax(dim=-1).isfinite()
+                is_kept = select_tokens(
+                    logits, widths, generation_config.confidence_threshold, generation_config.entropy_bound
                 )
-            drawn = draw_tokens(scores) if generation_config.do_sample else scores.argmax(dim=-1)
-            tokens.scatter_(1, positions, drawn)
-            unmasking_steps.scatter_(1, positions, num_forwards)
-            if generation_config.return_dict_in_generate:
-                drawn_log_probs = logits.log_softmax(dim=-1).gather(-1, drawn[..., None])[..., 0]
-                log_probs.scatter_(1, positions, drawn_log_probs)
-            decided += count
-            end_of_text.update(drawn, positions)
-            if decided < length and end_of_text.is_before(first_position_left[:, decided]):
-                break
+                # All that the host needs to know of this forward, in one transfer.
+                drawn, log_probs, is_drawable, is_kept = torch.stack(
+                    [drawn.double(), log_probs.double(), is_drawable.double(), is_kept.double()]
+                ).tolist()
+                if not all(is_drawable):
+                    raise ValueError(
+                        "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an "
+                        "overflow in the model (float16?) or for a `logits_processor` that forbids everything."
+                    )
 
-        is_padding = end_of_text.padding()
-        sequences = tokens.masked_fill(is_padding, end_of_text.pad_token_id)
+                is_kept = [bool(keep) for keep in is_kept]
+                kept = [slot for slot, keep in enumerate(is_kept) if keep]
+                rows, columns = [rows[slot] for slot in kept], [columns[slot] for slot in kept]
+                tokens, log_probs = [int(drawn[slot]) for slot in kept], [log_probs[slot] for slot in kept]
+                for name, source in (("scores", scores), ("logits", logits)):
+                    if name in recorded:
+                        recorded[name][rows, columns] = source[kept]
+                canvas.reveal(rows, columns, tokens, log_probs, num_forwards)
+                schedule.advance(widths, is_kept, use_cache=past_key_values is not None)
+                watcher.update()
+                progress.update(len(kept))
+                if feed is not None:
+                    feed.update()
+        finally:
+            progress.close()
+            if feed is not None:
+                feed.close()
+
+        sequences = canvas.sequences().to(self.device)
         if not generation_config.return_dict_in_generate:
             return sequences
+        is_padding = canvas.padding()
         return EsoGenerateOutput(
             sequences=sequences,
             num_function_evaluations=num_forwards,
-            unmasking_steps=unmasking_steps.masked_fill(is_padding, 0),
-            log_probs=log_probs.masked_fill(is_padding, 0),
+            unmasking_steps=canvas.unmasking_steps.masked_fill(is_padding, 0).to(self.device),
+            log_probs=canvas.log_probs.masked_fill(is_padding, 0).to(self.device),
+            **{
+                name: tensor.masked_fill_(is_padding.to(self.device)[..., None], 0)
+                for name, tensor in recorded.items()
+            },
         )
 
-    def _refuse_unsupported_prompts(self, input_ids, attention_mask, stopping_criteria):
-        if attention_mask is not None and not attention_mask.all():
-            raise ValueError(
-                "`attention_mask` must be all ones: generate for prompts of different lengths one at a time."
-            )
-        if (input_ids == self.config.mask_token_id).any():
-            raise ValueError(
-                f"`input_ids` holds the mask id {self.config.mask_token_id}: filling in holes is not supported."
-            )
-        for criterion in stopping_criteria:
-            if not isinstance(criterion, (MaxLengthCriteria, EosTokenCriteria)):
-                raise ValueError(
-                    f"`stopping_criteria`, `max_time` and `stop_strings` are not supported, "
-                    f"got {type(criterion).__name__}."
-                )
+    def _decode(
+        self, canvas: Canvas, schedule: UnmaskingSchedule, widths: list[int], cache: Cache | None
+    ) -> torch.FloatTensor:
+        """One forward: in each row the slots decided but not cached yet, then the next `widths` masks.
+
+        Returns:
+            (masks of all rows, vocab), logits in float32, row by row.
+        """
+        starts = schedule.cached
+        stops = [decided + width for decided, width in zip(schedule.decided, widths, strict=True)]
+        attention_mask = None
+        is_uniform = len(set(zip(starts, stops, widths, strict=True))) == 1
+        if is_uniform:
+            columns = schedule.order[:, starts[0] : stops[0]]
+            logits_to_keep = widths[0]
+            _rewind(cache, starts[0])
+        else:
+            # Rows with fewer slots than others repeat their last one: the same keys and values at the same place.
+            num_slots = max(stop - start for start, stop in zip(starts, stops, strict=True))
+            slots = torch.tensor(starts)[:, None] + torch.arange(num_slots)
+            slots = slots.minimum(torch.tensor(stops)[:, None] - 1).clamp(min=0)
+            columns = schedule.order.gather(1, slots)
+            first_mask = torch.tensor(schedule.decided) - torch.tensor(starts)
+            logits_to_keep = (first_mask[:, None] + torch.arange(max(widths))).clamp(max=num_slots - 1)
+            logits_to_keep = logits_to_keep.to(self.device)
+            if cache is not None:
+                slots = slots.to(self.device)
+                cache.keep(max(stops), row_slots=slots)
+                attention_mask = (torch.arange(max(stops), device=self.device) <= slots[..., None])[:, None]
+        logits = self(
+            input_ids=canvas.tokens.gather(1, columns).to(self.device),
+            position_ids=canvas.text_positions.gather(1, columns).to(self.device),
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            logits_to_keep=logits_to_keep,
+        ).logits.float()
+        if is_uniform:
+            return logits.flatten(0, 1)
+        is_mask = torch.arange(max(widths)) < torch.tensor(widths)[:, None]
+        return logits.flatten(0, 1)[is_mask.flatten().nonzero()[:, 0].to(self.device)]
 
 
-class EndOfText:
-    """Keeps track of the first end-of-text token that was drawn in each row.
-
-    Args:
-        generation_config: Prepared by `generate`; without an `eos_token_id` no row ever ends.
-        batch, length, device: Shape and device of the sequences.
-    """
-
-    def __init__(self, generation_config: GenerationConfig, batch: int, length: int, device: torch.device):
-        eos_tokens = generation_config._eos_token_tensor
-        self.eos_token_ids = None if eos_tokens is None else eos_tokens.to(device)
-        pad_token = generation_config._pad_token_tensor
-        self.pad_token_id = 0 if pad_token is None else int(pad_token)
-        self.length = length
-        self.position = torch.full((batch,), length, device=device)
-
-    def update(self, tokens: torch.LongTensor, positions: torch.LongTensor) -> None:
-        """Takes the tokens (batch, count) just drawn at their text positions (batch, count) into account."""
-        if self.eos_token_ids is not None:
-            ends = positions.masked_fill(~torch.isin(tokens, self.eos_token_ids), self.length)
-            self.position = torch.minimum(self.position, ends.amin(dim=-1))
-
-    def is_before(self, positions: torch.LongTensor) -> bool:
-        """Whether every row has ended before its text position in `positions` (batch,)."""
-        return self.eos_token_ids is not None and bool((self.position < positions).all())
-
-    def padding(self) -> torch.BoolTensor:
-        """(batch, length): what follows the end of the text."""
-        return torch.arange(self.length, device=self.position.device) > self.position[:, None]
+def _rewind(cache: Cache | None, length: int) -> None:
+    """Forgets all slots of a cache but the first `length`."""
+    if isinstance(cache, PreallocatedCache):
+        cache.keep(length)
+    elif cache is not None and cache.get_seq_length() > length:
+        cache.crop(length - cache.get_seq_length())
 
 
-def draw_tokens(scores: torch.FloatTensor, generator: torch.Generator | None = None) -> torch.LongTensor:
-    """Draws from softmax(scores) (..., vocab), one uniform number a token, by inverting the CDF in float64.
-
-    In float32, neither Gumbel noise nor a running sum over a vocabulary reaches the tail of the distribution, which
-    acts like a lower temperature.
-    """
-    cdf = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
-    total = cdf[..., -1:]
-    uniform = torch.rand(total.shape, dtype=torch.float64, device=scores.device, generator=generator)
-    # Strictly below the total, so that rounding never selects a token of probability 0 at the end.
-    target = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, target, right=True)[..., 0]
+def _check_generator(generator: Generators, batch: int) -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator, or a list of them, got {generator!r}.")
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(
+            f"`generator` must hold one torch.Generator for each of the {batch} rows (with the samples of each "
+            f"prompt), got {len(generator)}."
+        )
 
 
-def _process_logits(
-    logits_processor: LogitsProcessorList, known_tokens: torch.LongTensor, logits: torch.FloatTensor
-) -> torch.FloatTensor:
-    """Applies transformers' processors to logits (batch, count, vocab): each slot is a row of its own, whose
-    context is the text known so far, (batch, known), in text order."""
-    batch, count, vocab = logits.shape
-    context = known_tokens.repeat_interleave(count, dim=0)
-    return logits_processor(context, logits.reshape(batch * count, vocab)).view(batch, count, vocab)
+@contextmanager
+def _no_advice_on_padding() -> Iterator[None]:
+    """Keeps transformers from advising left padding: here either side will do."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "right-padding was detected" not in record.getMessage()
+
+    logger = logging.getLogger("transformers.generation.utils")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def _as_eso_generation_config(generation_config: GenerationConfig) -> EsoGenerationConfig:

@@ -20,9 +20,10 @@ def plan_generation(
     num_steps: int | None = None,
     unmasking_order: str = "random",
     block_length: int | None = None,
-    device: torch.device | str | None = None,
+    num_candidates: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
-    """Plans in which order the tokens are generated, and how many by each forward.
+    """Plans in which order the tokens are generated, and in which groups.
 
     Every block runs both phases before the next begins: a diffusion phase that reveals about α_0 of its tokens in
     parallel, then a sequential phase that reveals the others one by one, left to right.
@@ -35,30 +36,38 @@ def plan_generation(
             "strided": in step i those congruent to π(i) modulo the number of steps, π random, so that tokens drawn in
             parallel stand far apart. "left_to_right": the next ones.
         block_length: Tokens of a block; None: one block.
-        device: Where the order lives.
+        num_candidates: Plans for adaptive unmasking, which looks at so many tokens a forward and decides there how
+            many to keep: the diffusion phase of a block becomes one group. None: a group a forward.
+        generator: Source of randomness on the CPU; None: torch's global one.
 
     Returns:
-        The order, (num_rows, num_tokens), each row a permutation; and the number of tokens of each forward, shared by
+        The order, (num_rows, num_tokens), each row a permutation; and the number of tokens of each group, shared by
         the rows, of which every one alone follows the right distribution.
     """
     block_length = block_length or num_tokens
-    orders, counts = [torch.empty(num_rows, 0, dtype=torch.long, device=device)], []
+    orders, counts = [torch.empty(num_rows, 0, dtype=torch.long)], []
     for start in range(0, num_tokens, max(block_length, 1)):
         size = min(block_length, num_tokens - start)
-        steps = size if num_steps is None else max(1, round(num_steps * size / num_tokens))
-        if unmasking_order == "strided":
-            order, diffusion_counts = _sample_strided_order(num_rows, size, min(steps, size), alpha_0, device)
+        if num_candidates is not None:
+            steps = math.ceil(size / num_candidates)
         else:
-            diffusion_counts = sample_unmasking_counts(size, steps, alpha_0)
+            steps = size if num_steps is None else max(1, round(num_steps * size / num_tokens))
+        if unmasking_order == "strided":
+            order, diffusion_counts = _sample_strided_order(num_rows, size, min(steps, size), alpha_0, generator)
+        else:
+            diffusion_counts = sample_unmasking_counts(size, steps, alpha_0, generator)
             num_shuffled = 0 if unmasking_order == "left_to_right" else sum(diffusion_counts)
-            order = sample_generation_order(num_rows, size, num_shuffled, device=device)
+            order = sample_generation_order(num_rows, size, num_shuffled, generator)
         orders.append(order + start)
-        counts += diffusion_counts + [1] * (size - sum(diffusion_counts))
+        num_sequential = size - sum(diffusion_counts)
+        if num_candidates is not None and diffusion_counts:
+            diffusion_counts = [sum(diffusion_counts)]
+        counts += diffusion_counts + [1] * num_sequential
     return torch.cat(orders, dim=-1), counts
 
 
 def _sample_strided_order(
-    num_rows: int, num_tokens: int, num_steps: int, alpha_0: float, device: torch.device | str | None
+    num_rows: int, num_tokens: int, num_steps: int, alpha_0: float, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, list[int]]:
     """The strided order, (num_rows, num_tokens), and the number of tokens of each diffusion step.
 
@@ -66,15 +75,14 @@ def _sample_strided_order(
     in the same steps, so that they share the counts, and each draws which one.
     """
     # Rounded at random, so that the expected fraction of diffusion steps is α_0 whatever their number.
-    num_diffusion_steps = math.floor(alpha_0 * num_steps + float(torch.rand(())))
+    num_diffusion_steps = math.floor(alpha_0 * num_steps + float(torch.rand((), generator=generator)))
     size, num_large = divmod(num_tokens, num_steps)
-    takes_large = torch.randperm(num_steps) < num_large
-    classes = torch.empty(num_rows, num_steps, dtype=torch.long, device=device)
-    classes[:, takes_large.to(classes.device)] = torch.rand(num_rows, num_large, device=device).argsort(dim=-1)
-    small = torch.rand(num_rows, num_steps - num_large, device=device).argsort(dim=-1) + num_large
-    classes[:, ~takes_large.to(classes.device)] = small
-    positions = torch.arange(num_tokens, device=device)
-    step_of_position = classes.argsort(dim=-1)[:, positions % num_steps]
+    takes_large = torch.randperm(num_steps, generator=generator) < num_large
+    classes = torch.empty(num_rows, num_steps, dtype=torch.long)
+    classes[:, takes_large] = torch.rand(num_rows, num_large, generator=generator).argsort(dim=-1)
+    small = torch.rand(num_rows, num_steps - num_large, generator=generator).argsort(dim=-1) + num_large
+    classes[:, ~takes_large] = small
+    step_of_position = classes.argsort(dim=-1)[:, torch.arange(num_tokens) % num_steps]
     # The classes of the other steps are left to the sequential phase together, left to right.
     order = step_of_position.clamp(max=num_diffusion_steps).argsort(dim=-1, stable=True)
     return order, [size + int(large) for large in takes_large[:num_diffusion_steps]]
@@ -85,7 +93,6 @@ def sample_generation_order(
     num_tokens: int,
     num_shuffled: int,
     generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """Draws an order per row: `num_shuffled` uniform positions in uniform order, then the rest ascending.
 
@@ -93,7 +100,7 @@ def sample_generation_order(
         (num_rows, num_tokens), each row a permutation of 0 ... num_tokens - 1. With `num_shuffled` the number of
         tokens that the diffusion phase decodes, this is the σ of generation and of the exact likelihood.
     """
-    noise = torch.rand(num_rows, num_tokens, dtype=torch.float64, generator=generator, device=device)
+    noise = torch.rand(num_rows, num_tokens, dtype=torch.float64, generator=generator)
     order = noise.argsort(dim=-1)
     rest = order[:, num_shuffled:].sort(dim=-1).values
     return torch.cat([order[:, :num_shuffled], rest], dim=-1)

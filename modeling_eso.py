@@ -393,7 +393,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
                 generation order (from `labels`, or `input_ids` where the label is -100), and one mask for each
                 weighted slot s that sees the content slots < s and itself. None: no row.
             use_cache: Whether to make a `DynamicCache` when none is given (slots then stay as given).
-            logits_to_keep: Logits of the last so many slots, 0 for all, or a 1D tensor of slots.
+            logits_to_keep: Logits of the last so many slots, 0 for all; or a tensor of slots, (slots kept,) for all
+                rows or (batch, slots kept).
 
         Returns:
             Without labels: `logits` (batch, slots kept, vocab), -inf at the mask id, `past_key_values`, and what was
@@ -480,6 +481,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
 
         if isinstance(logits_to_keep, int):
             last_hidden_state = last_hidden_state[:, -logits_to_keep:] if logits_to_keep else last_hidden_state
+        elif logits_to_keep.dim() == 2:
+            last_hidden_state = _take_slots(last_hidden_state, logits_to_keep)
         else:
             last_hidden_state = last_hidden_state[:, logits_to_keep]
         return CausalLMOutputWithPast(

@@ -1,0 +1,177 @@
+"""transformers' logits processors on slots that are drawn in any order.
+
+Most processors of transformers look at each row of scores alone, or at the set of tokens so far: they run as they are,
+with every slot as a row and the text known so far as its `input_ids`. Those that speak of neighbours or places in the
+text are replaced by the ones here, which know where in the text a slot stands; left to right, both do the same.
+"""
+
+from collections import defaultdict
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.generation import logits_process as standard
+
+from .canvas import Canvas
+
+# These look at the scores only, so that the text need not be gathered for them.
+TEXT_FREE_PROCESSORS = (
+    standard.TemperatureLogitsWarper,
+    standard.TopHLogitsWarper,
+    standard.TopKLogitsWarper,
+    standard.TopPLogitsWarper,
+    standard.MinPLogitsWarper,
+    standard.TypicalLogitsWarper,
+    standard.EpsilonLogitsWarper,
+    standard.EtaLogitsWarper,
+    standard.SuppressTokensLogitsProcessor,
+    standard.InfNanRemoveLogitsProcessor,
+    standard.LogitNormalization,
+)
+
+
+class SlotProcessor:
+    """A processor that knows where in the text each slot stands."""
+
+    def __call__(
+        self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.FloatTensor
+    ) -> torch.FloatTensor:
+        """Processes scores (slots, vocab) of the slots at (rows, columns) of the canvas."""
+        raise NotImplementedError
+
+
+class MinimumLength(SlotProcessor):
+    """No end of text before a column: `min_length` and `min_new_tokens`."""
+
+    def __init__(self, first_column: int, eos_token_ids: torch.LongTensor):
+        self.first_column, self.eos_token_ids = first_column, eos_token_ids
+
+    def __call__(self, canvas, rows, columns, scores):
+        early = [index for index, column in enumerate(columns) if column < self.first_column]
+        scores = scores.clone()
+        scores[torch.tensor(early, dtype=torch.long)[:, None], self.eos_token_ids.cpu()] = -torch.inf
+        return scores
+
+
+class PhraseBias(SlotProcessor):
+    """Adds to the score of a token that would complete a phrase: `bad_words_ids` and `sequence_bias`.
+
+    In left-to-right decoding the token that completes a phrase is its last one; here it is the one that is missing.
+    """
+
+    def __init__(self, biases: dict[tuple[int, ...], float]):
+        tokens = {phrase[0]: bias for phrase, bias in biases.items() if len(phrase) == 1}
+        self.tokens, self.token_biases = torch.tensor(list(tokens), dtype=torch.long), torch.tensor([*tokens.values()])
+        self.biases = {phrase: bias for phrase, bias in biases.items() if len(phrase) > 1}
+
+    def __call__(self, canvas, rows, columns, scores):
+        scores = scores.clone()
+        scores[:, self.tokens] += self.token_biases.to(scores)
+        if not self.biases:
+            return scores
+        texts = {row: canvas.text_with_gaps(row) for row in set(rows)}
+        for slot, (row, column) in enumerate(zip(rows, columns, strict=True)):
+            place = int(canvas.text_positions[row, column])
+            for phrase, bias in self.biases.items():
+                for offset, token in enumerate(phrase):
+                    if _others(texts[row], place, offset, len(phrase)) == phrase[:offset] + phrase[offset + 1 :]:
+                        scores[slot, token] += bias
+        return scores
+
+
+class NoRepeatedNGram(SlotProcessor):
+    """Forbids tokens that would complete an n-gram that the known text already has: `no_repeat_ngram_size`.
+
+    Tokens that are drawn by the same forward do not see each other: among them a repetition may still arise.
+    """
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, canvas, rows, columns, scores):
+        texts = {row: canvas.text_with_gaps(row) for row in set(rows)}
+        seen = {row: self._completions(text) for row, text in texts.items()}
+        scores = scores.clone()
+        for slot, (row, column) in enumerate(zip(rows, columns, strict=True)):
+            place = int(canvas.text_positions[row, column])
+            for offset in range(self.size):
+                others = _others(texts[row], place, offset, self.size)
+                scores[slot, sorted(seen[row].get((offset, others), ()))] = -torch.inf
+        return scores
+
+    def _completions(self, text: list[int]) -> dict[tuple[int, tuple[int, ...]], set[int]]:
+        """Maps an offset and the other tokens of an n-gram to those that have stood at the offset between them."""
+        completions = defaultdict(set)
+        for start in range(len(text) - self.size + 1):
+            ngram = text[start : start + self.size]
+            if -1 not in ngram:
+                for offset, token in enumerate(ngram):
+                    completions[offset, (*ngram[:offset], *ngram[offset + 1 :])].add(token)
+        return completions
+
+
+def _others(text: list[int], place: int, offset: int, size: int) -> tuple[int, ...] | None:
+    """The tokens around `place` in the window of `size` tokens that has it at `offset`; None if it leaves the text."""
+    start = place - offset
+    if start < 0 or start + size > len(text):
+        return None
+    return (*text[start:place], *text[place + 1 : start + size])
+
+
+def for_slots(logits_processor: LogitsProcessorList) -> list[LogitsProcessor | SlotProcessor]:
+    """Replaces the processors that speak of neighbours or places in the text by their counterparts for slots."""
+    return [_for_slots(processor) for processor in logits_processor]
+
+
+def _for_slots(processor: LogitsProcessor) -> LogitsProcessor | SlotProcessor:
+    if isinstance(processor, standard.RepetitionPenaltyLogitsProcessor):
+        # transformers has it skip each prompt's padding, which the text known so far does not have.
+        is_padding = isinstance(processor.prompt_ignore_length, torch.Tensor)
+        return type(processor)(processor.penalty) if is_padding else processor
+    if isinstance(processor, standard.NoRepeatNGramLogitsProcessor):
+        return NoRepeatedNGram(processor.ngram_size)
+    if isinstance(processor, standard.SequenceBiasLogitsProcessor):
+        return PhraseBias(dict(processor.sequence_bias))
+    if isinstance(processor, standard.MinLengthLogitsProcessor):
+        return MinimumLength(processor.min_length, processor.eos_token_id)
+    if isinstance(processor, standard.MinNewTokensLengthLogitsProcessor):
+        first_column = processor.prompt_length_to_skip + processor.min_new_tokens
+        return MinimumLength(first_column, processor.eos_token_id)
+    return processor
+
+
+def process_logits(
+    processors: list[LogitsProcessor | SlotProcessor],
+    logits: torch.FloatTensor,
+    canvas: Canvas,
+    rows: list[int],
+    columns: list[int],
+) -> torch.FloatTensor:
+    """Applies the processors to logits (slots, vocab) of the slots at (rows, columns) of the canvas."""
+    scores = logits
+    contexts = None
+    for processor in processors:
+        if isinstance(processor, SlotProcessor):
+            scores = processor(canvas, rows, columns, scores)
+        elif isinstance(processor, TEXT_FREE_PROCESSORS):
+            scores = processor(None, scores)
+        else:
+            contexts = contexts or _contexts(canvas, rows, scores.device)
+            processed = torch.empty_like(scores)
+            for slots, text in contexts:
+                processed[slots] = processor(text, scores[slots])
+            scores = processed
+    return scores
+
+
+def _contexts(
+    canvas: Canvas, rows: list[int], device: torch.device
+) -> list[tuple[torch.LongTensor, torch.LongTensor]]:
+    """The text known so far as `input_ids` of a processor, once for each length: pairs of slots and their texts."""
+    texts = {row: canvas.known_text(row) for row in set(rows)}
+    slots_of_length = defaultdict(list)
+    for slot, row in enumerate(rows):
+        slots_of_length[len(texts[row])].append(slot)
+    return [
+        (torch.tensor(slots, device=device), torch.stack([texts[rows[slot]] for slot in slots]).to(device))
+        for slots in slots_of_length.values()
+    ]
