@@ -37,6 +37,7 @@ class Canvas:
     ):
         self.batch, self.prompt_length = input_ids.shape
         self.length = length
+        self.mask_token_id = mask_token_id
         self.eos_token_ids, self.pad_token_id = eos_token_ids, pad_token_id
         self.tokens = torch.full((self.batch, length), mask_token_id)
         self.tokens[:, : self.prompt_length] = input_ids
@@ -122,9 +123,10 @@ class Canvas:
 class StopWatcher:
     """Asks stopping criteria about the text known from the left, as they would see it in left-to-right decoding.
 
-    Once after every forward they get it with the mask that follows it. Whoever says stop then, be it a clock or a
-    cancel button, stops the row as it is, and what is open stays masked. Then they get it once for each token that has
-    joined it. Who says stop then has seen something in the text: it ends there, and later columns become padding.
+    After every forward they first get the text that they have let pass, its last token masked. Whoever says stop to
+    that, be it a clock or a cancel button, stops the row as it is, and what is open stays masked. Then they get the
+    text once for each token that has joined it. Who says stop to that has seen something in the text: it ends there,
+    and later columns become padding.
 
     Args:
         stopping_criteria: Those of `generate`; what the canvas sees to itself (length, end of text) is left out.
@@ -146,17 +148,22 @@ class StopWatcher:
             return
         canvas = self.canvas
         for row in range(canvas.batch):
-            known = min(canvas.known[row], canvas.end[row])
-            if not canvas.is_stopped[row] and known < canvas.end[row] and self._says_stop(row, known + 1):
+            if canvas.is_stopped[row]:
+                continue
+            if self._says_stop(row, max(self.asked[row], 1), masks_last=True):
                 canvas.stop(row, canvas.end[row])
+                continue
+            known = min(canvas.known[row], canvas.end[row])
             for end in range(self.asked[row] + 1, known + 1):
                 if self._says_stop(row, end):
                     canvas.stop(row, end)
                     break
             self.asked[row] = max(self.asked[row], known)
 
-    def _says_stop(self, row: int, end: int) -> bool:
-        text = self.canvas.tokens[row : row + 1, :end].to(self.device)
+    def _says_stop(self, row: int, end: int, masks_last: bool = False) -> bool:
+        text = self.canvas.tokens[row : row + 1, :end].to(self.device, copy=True)
+        if masks_last:
+            text[:, -1] = self.canvas.mask_token_id
         return bool(self.stopping_criteria(text, None).all())
 
 
@@ -168,24 +175,31 @@ def _is_redundant(criterion: StoppingCriteria, canvas: Canvas) -> bool:
     )
 
 
-class TextFeed:
+class TextFeed(BaseStreamer):
     """Feeds a streamer of transformers: text as soon as all to its left is known, drafts of the rest.
 
     Args:
         streamer: Gets the prompt first, up to its first hole, then tokens from left to right. If it has `put_draft`
             ([`TextDiffusionStreamer`] has), that gets the rest of the text after every forward, masks included.
-        canvas: The text, of one row.
-
-    Raises:
-        ValueError: when the batch has several rows.
     """
 
-    def __init__(self, streamer: BaseStreamer, canvas: Canvas):
+    def __init__(self, streamer: BaseStreamer):
+        self.streamer = streamer
+
+    def put(self, value: torch.LongTensor) -> None:
+        """Takes the prompt from transformers' `generate`, which does not know about holes: `start` passes it on."""
+
+    def start(self, canvas: Canvas) -> None:
+        """Sends what is known at the beginning.
+
+        Raises:
+            ValueError: when there are several rows.
+        """
         if canvas.batch != 1:
             raise ValueError(f"`streamer` takes one text, got a batch of {canvas.batch} (with the samples of each).")
-        self.streamer, self.canvas = streamer, canvas
+        self.canvas = canvas
         self.sent = min(canvas.known[0], canvas.prompt_length)
-        streamer.put(canvas.tokens[:, : self.sent])
+        self.streamer.put(canvas.tokens[:, : self.sent])
         self.update()
 
     def update(self) -> None:
@@ -197,6 +211,5 @@ class TextFeed:
         if hasattr(self.streamer, "put_draft") and known < end:
             self.streamer.put_draft(self.canvas.tokens[:, known:end])
 
-    def close(self) -> None:
-        """Tells the streamer that the text is complete."""
+    def end(self) -> None:
         self.streamer.end()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import BaseStreamer, GenerationMode
+from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
@@ -185,8 +185,8 @@ class EsoGenerationMixin(GenerationMixin):
             streamer: Gets text as soon as all to its left is known, and drafts if it has `put_draft`; one row only.
             logits_processor, stopping_criteria, ...: As in transformers. Processors get each slot as a row, with the
                 text known so far in text order. Criteria get the text known from the left, once for each token that
-                joins it: text ends where they say so. They also get it after every forward with the mask that
-                follows; who says stop then, as `max_time` does, leaves masks where nothing is decided yet.
+                joins it, and it ends where they say so; see [`StopWatcher`] for those that look at the clock, such as
+                `max_time`: what is not decided by then comes back as masks.
 
         Returns:
             (batch x num_return_sequences, length) ids: the prompts' columns as given, then the new tokens. Or an
@@ -208,6 +208,8 @@ class EsoGenerationMixin(GenerationMixin):
                 samples = next((n for n in (s.get("num_return_sequences") for s in settings) if n is not None), 1)
                 kwargs["num_return_sequences"] = samples * len(prompts)
                 prompts = prompts[:1]
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = TextFeed(kwargs["streamer"])
         with _no_advice_on_padding():
             return super().generate(prompts, generation_config, *args, **kwargs)
 
@@ -334,7 +336,7 @@ class EsoGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList,
         generation_config: EsoGenerationConfig,
         synced_gpus: bool = False,
-        streamer: BaseStreamer | None = None,
+        streamer: TextFeed | None = None,
         generator: Generators = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -384,8 +386,9 @@ class EsoGenerationMixin(GenerationMixin):
         }
         num_forwards = 0
         progress = tqdm(total=sum(canvas.num_open), unit="token", disable=not generation_config.progress_bar)
-        feed = None if streamer is None else TextFeed(streamer, canvas)
         try:
+            if streamer is not None:
+                streamer.start(canvas)
             while self._has_unfinished_sequences(canvas.is_finished(), synced_gpus, self.device):
                 if canvas.is_finished():
                     # Other processes go on, and need this one to take part in gathering the weights.
@@ -430,12 +433,12 @@ class EsoGenerationMixin(GenerationMixin):
                 schedule.advance(widths, is_kept, use_cache=past_key_values is not None)
                 watcher.update()
                 progress.update(len(kept))
-                if feed is not None:
-                    feed.update()
+                if streamer is not None:
+                    streamer.update()
         finally:
             progress.close()
-            if feed is not None:
-                feed.close()
+            if streamer is not None:
+                streamer.end()
 
         sequences = canvas.sequences().to(self.device)
         if not generation_config.return_dict_in_generate:

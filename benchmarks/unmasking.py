@@ -1,0 +1,125 @@
+"""Fixed against adaptive unmasking: the number of forwards against the quality of what they write.
+
+Samples from one model at several settings of each way to unmask and scores the samples by
+
+- the model's own exact log-likelihood given uniform orders (negative, nats per token: lower is more likely text),
+- the fraction of 4-grams that occur before in the same sample (degenerate text repeats itself),
+- the entropy of the tokens of all samples (degenerate text has few different ones).
+
+python benchmarks/unmasking.py --model outputs/quickstart     # a few minutes on 2 cores
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from tqdm import tqdm
+from transformers import AutoModel, set_seed
+
+import eso_lm
+
+FAMILIES = {
+    "fixed, random": [{"num_diffusion_steps": steps} for steps in (4, 8, 16, 32, 64, 128)],
+    "fixed, strided": [
+        {"num_diffusion_steps": steps, "unmasking_order": "strided"} for steps in (4, 8, 16, 32, 64, 128)
+    ],
+    "confidence": [{"confidence_threshold": threshold} for threshold in (0.03, 0.04, 0.05, 0.07, 0.1, 0.2)],
+    "entropy bound": [{"entropy_bound": bound} for bound in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)],
+    "entropy bound, strided": [
+        {"entropy_bound": bound, "unmasking_order": "strided"} for bound in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
+    ],
+}
+
+
+@torch.no_grad()
+def score(model: eso_lm.EsoForMaskedDiffusion, sequences: torch.LongTensor, num_orders: int) -> dict[str, float]:
+    """The quality of samples, (batch, tokens): see the top of this file."""
+    batch, length = sequences.shape
+    loss = 0.0
+    for _ in range(num_orders):
+        order = torch.rand(batch, length).argsort(dim=-1)
+        loss += model(
+            torch.full_like(sequences, model.config.mask_token_id),
+            position_ids=order,
+            labels=sequences.gather(1, order),
+            sequential_rows=torch.ones(batch, dtype=torch.bool),
+        ).loss.item()
+    repeated = 0
+    for row in sequences.tolist():
+        ngrams = list(zip(*(row[start:] for start in range(4)), strict=False))
+        repeated += 1 - len(set(ngrams)) / len(ngrams)
+    frequencies = sequences.flatten().bincount().double() / sequences.numel()
+    frequencies = frequencies[frequencies > 0]
+    return {
+        "nll": loss / num_orders,
+        "repetition": repeated / batch,
+        "entropy": float(-(frequencies * frequencies.log()).sum()),
+    }
+
+
+def main(args: argparse.Namespace) -> None:
+    model = AutoModel.from_pretrained(args.model).eval()
+    results = []
+    settings = [(family, setting) for family, settings in FAMILIES.items() for setting in settings]
+    for family, setting in tqdm(settings, desc="Settings"):
+        set_seed(args.seed)
+        forwards, samples = 0, []
+        for _ in range(args.num_samples):
+            # One at a time: adaptive unmasking finds a number of forwards for each sample.
+            output = model.generate(
+                max_new_tokens=args.length,
+                alpha_0=1.0,
+                temperature=args.temperature,
+                eos_token_id=None,
+                return_dict_in_generate=True,
+                **setting,
+            )
+            forwards += output.num_function_evaluations
+            samples.append(output.sequences)
+        scores = score(model, torch.cat(samples), args.num_orders)
+        results.append({"family": family, **setting, "nfe": forwards / args.num_samples, **scores})
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    record = {"settings": {name: str(value) for name, value in vars(args).items()}, "results": results}
+    (args.output / "unmasking.json").write_text(json.dumps(record, indent=1) + "\n")
+    labels = {
+        "nll": "own negative log-likelihood (nats per token)",
+        "repetition": "repeated 4-grams",
+        "entropy": "entropy of the tokens (nats)",
+    }
+    figure, panels = plt.subplots(1, len(labels), figsize=(4.4 * len(labels), 3.8))
+    for panel, (name, label) in zip(panels, labels.items(), strict=True):
+        for family in FAMILIES:
+            rows = sorted((row for row in results if row["family"] == family), key=lambda row: row["nfe"])
+            panel.plot(
+                [row["nfe"] for row in rows], [row[name] for row in rows], marker="o", markersize=4, label=family
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel(f"NFE for {args.length} tokens")
+        panel.set_title(label, fontsize=10)
+    panels[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(args.output / "unmasking.png", dpi=130)
+    for row in results:
+        print("  ".join(f"{value:8.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path("outputs/quickstart"), help="a folder of save_pretrained")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON and PNG go")
+    parser.add_argument("--length", type=int, default=128, help="tokens a sample")
+    parser.add_argument("--num-samples", type=int, default=48)
+    parser.add_argument("--num-orders", type=int, default=4, help="orders that the likelihood is averaged over")
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main(parse_args())
