@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import sysconfig
 from pathlib import Path
 from pydoc_data import topics
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 MIN_DOCUMENT_LENGTH = 80  # characters
+HOLE = re.compile(r"<mask:(\d+)>")
 
 
 def python_documents() -> list[str]:
@@ -70,6 +72,17 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
     texts = Dataset.from_dict({"text": documents})
     return texts.map(join_and_cut, batched=True, batch_size=None, remove_columns=["text"], desc="Packing")
+
+
+def fill_in_masks(text: str, mask_token: str | None) -> str:
+    """Replaces every `<mask:n>` of `text` by n mask tokens.
+
+    Raises:
+        ValueError: when there are holes and the tokenizer has no mask token.
+    """
+    if mask_token is None and HOLE.search(text):
+        raise ValueError(f"The tokenizer has no mask token to fill into the holes of {text!r}.")
+    return HOLE.sub(lambda hole: int(hole[1]) * mask_token, text)
 
 
 def _docstrings(path: Path) -> list[str]:

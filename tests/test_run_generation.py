@@ -1,0 +1,118 @@
+"""examples/run_generation.py: prompts from everywhere, records that do not depend on how the work is shared out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import run_generation
+import torch
+from run_generation import Arguments, LiveView, main
+from text_data import fill_in_masks, train_tokenizer
+from tiny_models import randomized_model
+
+EXAMPLES = Path(run_generation.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A saved model with a tokenizer."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+    special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = randomized_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **special)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_samples_are_the_same_in_one_process_and_in_two(folder, tmp_path):
+    (tmp_path / "prompts.txt").write_text("The quick\n\nover <mask:3> dog\nThe\n")
+    arguments = {"model": str(folder), "prompts": tmp_path / "prompts.txt", "max_new_tokens": 6, "num_samples": 2}
+    main(Arguments(output=tmp_path / "one.jsonl", batch_size=3, **arguments))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command += [str(EXAMPLES / "run_generation.py"), "--output", str(tmp_path / "two.jsonl"), "--batch_size", "2"]
+    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert finished.returncode == 0, finished.stderr
+    one, two = records(tmp_path / "one.jsonl"), records(tmp_path / "two.jsonl")
+    assert [record["sample"] for record in two] == list(range(8))
+    assert [record["text"] for record in two] == [record["text"] for record in one]
+    assert [record["log_prob"] for record in two] == pytest.approx([record["log_prob"] for record in one], abs=1e-2)
+    assert one[0]["text"] != one[1]["text"], "samples of a prompt differ"
+    assert one[0]["text"].startswith("The quick")
+    assert one[4]["text"].startswith("over ")
+    assert " dog" in one[4]["text"]
+
+
+def test_resuming_completes_the_file(folder, tmp_path):
+    output = tmp_path / "samples.jsonl"
+    arguments = {"model": str(folder), "output": output, "num_samples": 5, "batch_size": 2, "max_new_tokens": 4}
+    main(Arguments(**arguments))
+    complete = records(output)
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
+    with pytest.raises(ValueError, match="exists: name another file"):
+        Arguments(**arguments)
+    main(Arguments(resume=True, **arguments))
+    assert [record["text"] for record in records(output)] == [record["text"] for record in complete]
+
+
+def test_prompts_come_from_jsonl_and_texts_go_to_the_terminal(folder, tmp_path, capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The"}\n{"prompt": "fox <mask:2>"}\n')
+    main(Arguments(model=str(folder), prompts=tmp_path / "prompts.jsonl", max_new_tokens=0, confidence_threshold=0.1))
+    shown = capsys.readouterr().out
+    assert "--- 0 (0 forwards) ---\nThe\n" in shown
+    assert "\nfox " in shown
+    (tmp_path / "prompts.jsonl").write_text('{"text": "The"}\n')
+    with pytest.raises(ValueError, match="in the field `prompt`"):
+        main(Arguments(model=str(folder), prompts=tmp_path / "prompts.jsonl"))
+
+
+def test_live_view_draws_masks_as_dots(folder, capsys):
+    main(Arguments(model=str(folder), prompt="The <mask:2> fox", live=True))
+    drawings = capsys.readouterr().out.split("\033[J")
+    assert any(drawing.count("·") == 2 for drawing in drawings)
+    assert "·" not in drawings[-1]
+    assert drawings[-1].startswith("The ")
+
+
+def test_live_view_goes_back_over_all_lines(folder):
+    written = []
+
+    class Stream:
+        write = written.append
+
+        def flush(self):
+            pass
+
+    tokenizer = train_tokenizer(["a\nb\nc " * 20], 300, 64)
+    view = LiveView(tokenizer, Stream())
+    view.put(torch.tensor(tokenizer("a\nb\n")["input_ids"]))
+    view.put_draft(torch.tensor(tokenizer("c")["input_ids"]))
+    assert written[0].startswith("\r\033[J")
+    assert written[1].startswith("\033[2F\033[J")
+
+
+def test_holes_become_masks():
+    assert fill_in_masks("a <mask:2> b<mask:1>", "[M]") == "a [M][M] b[M]"
+    with pytest.raises(ValueError, match="no mask token"):
+        fill_in_masks("a <mask:2>", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": "a", "prompts": Path("b")}, "exclude each other"),
+        ({"num_samples": 0}, "`--num_samples` must be at least 1, got 0"),
+        ({"resume": True}, "`--resume` needs `--output`"),
+    ],
+)
+def test_arguments_that_contradict_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Arguments(model="m", **arguments)
