@@ -29,6 +29,9 @@ from .generation import EsoGenerationConfig, EsoGenerationMixin
 from .generation_order import order_of_slots, text_positions
 from .model_card import TAGS, write_model_card
 
+MAX_DECODED_SLOTS = 64
+"""Slots up to which a forward on top of a cache counts as a decoding step, with a mask of its own slots alone."""
+
 
 class EsoTimestepEmbedding(nn.Module):
     """The conditioning vector c = SiLU(MLP(sinusoid(sigma))), (cond_dim,).
@@ -102,13 +105,18 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention spelled out, for `output_attentions`; the mask is additive or boolean (True = visible)."""
-    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    """Attention spelled out; the mask is additive or boolean (True = visible).
+
+    A mask narrower than the keys speaks of the last of them, and all before are visible: the keys of a decoding step
+    behind the cached ones, for which no mask of the length of the cache need be made.
+    """
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
+        masked_scores = scores[..., scores.shape[-1] - attention_mask.shape[-1] :]
         if attention_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+            masked_scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
         else:
-            scores = scores + attention_mask
+            masked_scores.add_(attention_mask)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
@@ -147,7 +155,7 @@ class EsoAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = _implementation_for(self.config, attention_mask)
+        implementation = _implementation_for(self.config, attention_mask, num_keys=key.shape[-2])
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attention_output, attention_weights = attention_interface(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
@@ -306,14 +314,21 @@ class EsoModel(EsoPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + past_length
 
-        # Positions go to the rotary embedding alone: transformers would read their jumps as borders of packed
-        # sequences, here and in the attention interface.
-        attention_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-        )
+        num_slots = inputs_embeds.shape[1]
+        is_cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        is_decoding = is_cached and attention_mask is None and 1 < num_slots <= MAX_DECODED_SLOTS
+        if is_decoding and not is_flash_attention_requested(self.config):
+            is_visible = torch.ones(num_slots, num_slots, dtype=torch.bool, device=inputs_embeds.device).tril()
+            attention_mask = is_visible[None, None]
+        else:
+            # Positions go to the rotary embedding alone: transformers would read their jumps as borders of packed
+            # sequences, here and in the attention interface.
+            attention_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+            )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
         conditioning = self.timestep_embedding()
 
@@ -615,7 +630,9 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
             is_past = (key_index < horizon[batch_index, query_index]) & is_visible[batch_index, key_index]
             return is_past | (key_index == query_index)
 
-        mask_interface = ALL_MASK_ATTENTION_FUNCTIONS[_implementation_for(self.config, dense_mask=True)]
+        # Flash attention takes no mask at all: the layers fall back to sdpa for this one.
+        implementation = "sdpa" if is_flash_attention_requested(self.config) else self.config._attn_implementation
+        mask_interface = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
         two_stream_mask = mask_interface(
             batch_size=batch,
             q_length=slots + width,
@@ -641,12 +658,14 @@ def _module_and_name(cls: type) -> str:
     return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"
 
 
-def _implementation_for(
-    config: EsoConfig, attention_mask: torch.Tensor | None = None, dense_mask: bool = False
-) -> str:
-    """The attention to use: the configured one, or sdpa where flash attention meets a mask that it cannot take."""
-    dense_mask = dense_mask or (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 4)
-    return "sdpa" if dense_mask and is_flash_attention_requested(config) else config._attn_implementation
+def _implementation_for(config: EsoConfig, attention_mask: torch.Tensor | None, num_keys: int) -> str:
+    """The attention to use: the configured one, or one that can take the mask."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
+        return config._attn_implementation
+    if attention_mask.shape[-1] < num_keys:
+        return "eager"
+    takes_tensors = config._attn_implementation != "flex_attention" and not is_flash_attention_requested(config)
+    return config._attn_implementation if takes_tensors else "sdpa"
 
 
 def _require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None):
