@@ -304,3 +304,28 @@ def test_arguments_without_meaning_are_refused(arguments, message):
         arguments = {"assistant_model": model}
     with pytest.raises(ValueError, match=message):
         generate(model, **arguments)
+
+
+@pytest.mark.parametrize("settings", [{"num_diffusion_steps": 4}, {"entropy_bound": 2.0, "num_candidates": 3}])
+def test_a_forward_costs_its_own_slots(settings):
+    """No mask beyond the slots of the step, logits at its masks alone, each token cached once."""
+    model = randomized_model()
+    slots, masks, logits = [], [], []
+
+    def record_attention(module, args, kwargs):
+        slots.append(args[0].shape[1])
+        masks.append(kwargs["attention_mask"])
+
+    def record_head(module, args):
+        logits.append(args[0].shape[1])
+
+    model.model.layers[0].self_attn.register_forward_pre_hook(record_attention, with_kwargs=True)
+    model.lm_head.register_forward_pre_hook(record_head)
+    output = generate(model, input_ids=random_batch(model, 1, 10), alpha_0=0.7, max_new_tokens=20, **settings)
+    revealed = output.unmasking_steps[0].bincount()[1:].tolist()
+    assert output.num_function_evaluations == len(logits) == len(slots) == len(revealed)
+    if "num_diffusion_steps" in settings:
+        assert logits == revealed
+    assert slots == [fed + new for fed, new in zip([10, *revealed[:-1]], logits, strict=True)]
+    for width, mask in zip(slots, masks, strict=True):
+        assert mask is None or mask.shape == (1, 1, width, width)
