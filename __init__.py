@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_eso import EsoConfig
 from .data_collator import DataCollatorForHybridMaskedDiffusion
 from .generation import EsoGenerateOutput, EsoGenerationConfig, EsoGenerationMixin
+from .likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
 from .modeling_eso import EsoForMaskedDiffusion, EsoModel
 
 AutoConfig.register(EsoConfig.model_type, EsoConfig)
@@ -22,5 +23,8 @@ __all__ = [
     "EsoGenerateOutput",
     "EsoGenerationConfig",
     "EsoGenerationMixin",
+    "EsoLikelihoodMixin",
+    "EsoLikelihoodOutput",
     "EsoModel",
+    "EsoNelboOutput",
 ]

@@ -3,6 +3,8 @@
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .validation import is_integer, is_number
+
 
 class EsoConfig(PreTrainedConfig):
     r"""Sizes, special tokens and phase mixture of an Eso-LM (arXiv 2506.01928).
@@ -148,16 +150,6 @@ class EsoConfig(PreTrainedConfig):
 
     def _is_token_id(self, value) -> bool:
         return is_integer(value) and 0 <= value < self.vocab_size
-
-
-def is_integer(value) -> bool:
-    """Whether `value` is an integer, True and False not among them."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value) -> bool:
-    """Whether `value` is a real number, True and False not among them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 EsoConfig.register_for_auto_class()

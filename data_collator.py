@@ -10,9 +10,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_eso import is_integer, is_number
 from .generation_order import order_of_slots, text_positions
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
+from .validation import is_integer, is_number
 
 IGNORED_LABEL = -100
 

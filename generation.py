@@ -14,11 +14,11 @@ from transformers.utils.logging import tqdm
 
 from .cache import PreallocatedCache
 from .canvas import Canvas, StopWatcher, TextFeed
-from .configuration_eso import is_integer, is_number
 from .generation_order import UNMASKING_ORDERS
 from .logits_process import for_slots, process_logits
 from .sampling import Generators, draw_tokens, draw_uniform, select_tokens
 from .unmasking import DEFAULT_NUM_CANDIDATES, UnmaskingSchedule
+from .validation import is_integer, is_number, require_shape, require_token_ids
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
@@ -200,7 +200,9 @@ class EsoGenerationMixin(GenerationMixin):
         if prompts is None and kwargs.get("attention_mask") is not None:
             raise ValueError("`attention_mask` needs `input_ids`.")
         if prompts is not None:
-            prompts = self._check_prompts(name, prompts, kwargs.get("attention_mask"))
+            require_token_ids(name, prompts, self.config.vocab_size)
+            require_shape("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
+            prompts = prompts.long()
             if prompts.shape[1] == 0:
                 # transformers looks for padding at the end of each prompt: empty ones become samples of one.
                 kwargs.pop("attention_mask", None)
@@ -212,24 +214,6 @@ class EsoGenerationMixin(GenerationMixin):
             kwargs["streamer"] = TextFeed(kwargs["streamer"])
         with _no_advice_on_padding():
             return super().generate(prompts, generation_config, *args, **kwargs)
-
-    def _check_prompts(self, name: str, prompts, attention_mask) -> torch.LongTensor:
-        if not isinstance(prompts, torch.Tensor) or prompts.dim() != 2 or len(prompts) == 0:
-            given = tuple(prompts.shape) if isinstance(prompts, torch.Tensor) else type(prompts).__name__
-            raise ValueError(f"`{name}` must be a tensor of shape (batch, tokens), got {given}.")
-        if prompts.is_floating_point() or prompts.dtype == torch.bool:
-            raise ValueError(f"`{name}` must hold integer ids, got {prompts.dtype}.")
-        if prompts.numel() > 0 and not 0 <= prompts.min() <= prompts.max() < self.config.vocab_size:
-            raise ValueError(
-                f"`{name}` must hold ids in [0, {self.config.vocab_size - 1}], got ids from {prompts.min()} to "
-                f"{prompts.max()}."
-            )
-        if attention_mask is not None and attention_mask.shape != prompts.shape:
-            raise ValueError(
-                f"`attention_mask` must have the shape of `{name}`, {tuple(prompts.shape)}, "
-                f"got {tuple(attention_mask.shape)}."
-            )
-        return prompts.long()
 
     def adjust_generation_fn(self, *args, **kwargs):
         # transformers reads generation_config.json into the base class: bring our fields and their checks back.

@@ -106,6 +106,56 @@ def sample_generation_order(
     return torch.cat([order[:, :num_shuffled], rest], dim=-1)
 
 
+def sample_scoring_orders(
+    is_real: torch.Tensor,
+    is_given: torch.Tensor,
+    num_orders: int,
+    alpha_0: float,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draws orders in which `generate` might have written the free tokens of a text, after the given ones.
+
+    n ~ Binomial(free tokens, α_0) of the free tokens are shuffled, the others follow from left to right (DESIGN 1).
+
+    Args:
+        is_real, is_given: (batch, length) bool; given tokens come first, from left to right, padding last.
+        num_orders: K.
+        alpha_0: In [0, 1].
+        generator: Source of randomness on the CPU; None: torch's global one.
+
+    Returns:
+        (batch, K, length): the column of the token at each slot.
+    """
+    batch, length = is_real.shape
+    is_free = (is_real & ~is_given)[:, None]
+    noise = torch.rand(batch, num_orders, length, dtype=torch.float64, generator=generator)
+    num_free = is_free.sum(dim=-1).expand(batch, num_orders).double()
+    num_shuffled = torch.binomial(num_free, torch.full_like(num_free, alpha_0), generator=generator)
+    rank = noise.masked_fill(~is_free, torch.inf).argsort(dim=-1).argsort(dim=-1)
+    is_shuffled = is_free & (rank < num_shuffled[..., None])
+    group = torch.where(is_shuffled, 1, torch.where(is_free, 2, torch.where(is_real[:, None], 0, 3)))
+    columns = torch.arange(length, dtype=torch.float64)
+    return order_of_slots(group, torch.where(is_shuffled, noise, columns))
+
+
+def order_probability(order: list[int], alpha_0: float) -> float:
+    """The probability that an order of free tokens, a permutation of 0 ... n - 1, is the one drawn.
+
+    It arises from every number of shuffled tokens that leaves an ascending rest.
+    """
+    num_tokens = len(order)
+    rest = min(num_tokens, 1)
+    while rest < num_tokens and order[-rest - 1] < order[-rest]:
+        rest += 1
+    return sum(
+        math.comb(num_tokens, shuffled)
+        * alpha_0**shuffled
+        * (1 - alpha_0) ** (num_tokens - shuffled)
+        / math.perm(num_tokens, shuffled)
+        for shuffled in range(num_tokens - rest, num_tokens + 1)
+    )
+
+
 def order_of_slots(group: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
     """Sorts slots by group, and by rank within a group.
 

@@ -27,7 +27,9 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_eso import EsoConfig
 from .generation import EsoGenerationConfig, EsoGenerationMixin
 from .generation_order import order_of_slots, text_positions
+from .likelihood import EsoLikelihoodMixin
 from .model_card import TAGS, write_model_card
+from .validation import require_shape
 
 MAX_DECODED_SLOTS = 64
 """Slots up to which a forward on top of a cache counts as a decoding step, with a mask of its own slots alone."""
@@ -346,7 +348,7 @@ class EsoModel(EsoPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
-class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
+class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoodMixin):
     """An Eso-LM: the backbone with a head that predicts every slot's own token.
 
     It trains with the plain `Trainer` on the batches of `DataCollatorForHybridMaskedDiffusion`, and generates with
@@ -437,11 +439,11 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
                 "when `label_smoothing_factor` is not 0)."
             )
         batch, slots = tokens.shape[:2]
-        _require_shape("labels", labels, (batch, slots))
-        _require_shape("loss_weights", loss_weights, (batch, slots))
-        _require_shape("sequential_rows", sequential_rows, (batch,))
+        require_shape("labels", labels, (batch, slots))
+        require_shape("loss_weights", loss_weights, (batch, slots))
+        require_shape("sequential_rows", sequential_rows, (batch,))
         if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
-            _require_shape("attention_mask", attention_mask, (batch, slots))
+            require_shape("attention_mask", attention_mask, (batch, slots))
 
         order = None
         in_text_order = position_ids is None and past_key_values is None and not use_cache
@@ -548,14 +550,47 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
                 raise ValueError("`loss_weights` must be given with `inputs_embeds`, which do not show the masks.")
             loss_weights = (input_ids == self.config.mask_token_id).float()
         loss_weights = loss_weights.masked_fill(labels == -100, 0)
-        is_weighted = loss_weights != 0
+        states, rows, slots = self._states_at(
+            loss_weights != 0,
+            input_ids,
+            inputs_embeds,
+            position_ids,
+            attention_mask,
+            labels,
+            sequential_rows,
+            **kwargs,
+        )
+        logits = self._logits(states).float()  # (weighted slots, vocab)
+        cross_entropy = F.cross_entropy(logits, labels[rows, slots], reduction="none")
+        total = (cross_entropy * loss_weights[rows, slots]).sum()
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels != -100).sum().clamp(min=1)
+        elif isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device)
+        return total / num_items_in_batch
 
+    def _states_at(
+        self,
+        is_wanted: torch.BoolTensor,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.LongTensor,
+        sequential_rows: torch.BoolTensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
+        """Hidden states that predict the slots `is_wanted`, (batch, slots), each row in its own phase.
+
+        Returns:
+            The states, (wanted, hidden), and their rows and slots, (wanted,) each.
+        """
         if sequential_rows is None:
             sequential_rows = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
         # The phases run one after the other, each at its own width: the second stream costs only its own rows.
         diffusion = (~sequential_rows).nonzero()[:, 0]
         sequential = sequential_rows.nonzero()[:, 0]
-        rows, states = [], []
+        states = []
         if len(diffusion) > 0:
             outputs = self.model(
                 input_ids=_take_rows(input_ids, diffusion),
@@ -564,33 +599,23 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin):
                 attention_mask=_take_rows(attention_mask, diffusion),
                 **kwargs,
             )
-            rows.append(diffusion)
-            states.append(outputs.last_hidden_state[is_weighted[diffusion]])
+            states.append(outputs.last_hidden_state[is_wanted[diffusion]])
         if len(sequential) > 0:
             if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
                 raise ValueError("`sequential_rows` need `input_ids`, and at most a 2D `attention_mask`.")
-            rows.append(sequential)
             states.append(
                 self._query_states(
                     input_ids[sequential],
                     labels[sequential],
                     _take_rows(position_ids, sequential),
                     _take_rows(attention_mask, sequential),
-                    is_weighted[sequential],
+                    is_wanted[sequential],
                     **kwargs,
                 )
             )
-
-        rows = torch.cat(rows)
-        is_weighted = is_weighted[rows]
-        logits = self._logits(torch.cat(states)).float()  # (weighted slots, vocab)
-        cross_entropy = F.cross_entropy(logits, labels[rows][is_weighted], reduction="none")
-        total = (cross_entropy * loss_weights[rows][is_weighted]).sum()
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels != -100).sum().clamp(min=1)
-        elif isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device)
-        return total / num_items_in_batch
+        order = torch.cat([diffusion, sequential])
+        rows, slots = is_wanted[order].nonzero().unbind(dim=-1)
+        return torch.cat(states), order[rows], slots
 
     def _query_states(
         self,
@@ -672,11 +697,6 @@ def _require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Te
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
-
-
-def _require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]):
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
 
 
 def _take_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:

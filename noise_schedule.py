@@ -4,8 +4,6 @@ q_t keeps each token with probability α_t = α_0 (1 - (1 - ε) t), t in [0, 1],
 independently (arXiv 2506.01928, section 3).
 """
 
-from itertools import pairwise
-
 import torch
 
 EPSILON = 1e-3
@@ -40,8 +38,8 @@ def sample_unmasking_counts(
     """Draws how many tokens each step of the ancestral diffusion phase reveals.
 
     Of the tokens still masked at time t, step t -> s = t - 1/num_steps reveals each with probability
-    (α_s - α_t) / (1 - α_t). Only their number is drawn here: in a uniform generation order, the next ones
-    of the order are a uniform choice.
+    (α_s - α_t) / (1 - α_t), so a token survives until α exceeds a level that is uniform in [α_1, 1]. Only the number
+    of tokens is drawn here: in a uniform generation order, the next ones of the order are a uniform choice.
 
     Args:
         num_tokens: Tokens to generate.
@@ -53,17 +51,10 @@ def sample_unmasking_counts(
         The numbers revealed, in order, without the steps that reveal nothing. What they leave of
         `num_tokens` belongs to the sequential phase; at α_0 = 1 nothing is left.
     """
-    counts = []
-    remaining = num_tokens
-    alphas = keep_probability(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), alpha_0).tolist()
-    for alpha_t, alpha_s in pairwise(alphas):
-        if remaining == 0 or alpha_0 == 0:
-            break
-        probability = torch.tensor((alpha_s - alpha_t) / (1 - alpha_t), dtype=torch.float64)
-        count = int(torch.binomial(torch.tensor(float(remaining), dtype=torch.float64), probability, generator))
-        if count > 0:
-            counts.append(count)
-            remaining -= count
-    if alpha_0 == 1 and remaining > 0:
-        counts.append(remaining)
-    return counts
+    if alpha_0 == 0:
+        return []
+    alpha_1 = alpha_0 * EPSILON
+    level = alpha_1 + (1 - alpha_1) * torch.rand(num_tokens, dtype=torch.float64, generator=generator)
+    elapsed = (level[level < alpha_0] / alpha_0 - EPSILON) / (1 - EPSILON)  # 1 - t, in [0, 1)
+    steps = (elapsed * num_steps).floor().clamp(0, num_steps - 1)
+    return steps.unique(return_counts=True)[1].tolist()

@@ -14,6 +14,14 @@ def draw_uniform(counts: list[int], generator: Generators, device: torch.device)
     return torch.rand(sum(counts), dtype=torch.float64, generator=generator, device=source).to(device)
 
 
+def on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
+    """A generator for the CPU that follows from one of any device."""
+    if generator is None or generator.device.type == "cpu":
+        return generator
+    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+    return torch.Generator().manual_seed(int(seed))
+
+
 def draw_tokens(scores: torch.FloatTensor, uniform: torch.Tensor) -> torch.LongTensor:
     """Draws from softmax(scores), (..., vocab), by inverting the CDF in float64 at `uniform` (...), in [0, 1).
 

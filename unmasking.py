@@ -7,7 +7,7 @@ import torch
 
 from .canvas import Canvas
 from .generation_order import order_of_slots, plan_generation
-from .sampling import Generators
+from .sampling import Generators, on_cpu
 
 DEFAULT_NUM_CANDIDATES = 16
 
@@ -51,7 +51,7 @@ class UnmaskingSchedule:
                 unmasking_order,
                 block_length,
                 num_candidates,
-                _on_cpu(generator),
+                on_cpu(generator),
             )
 
         rows_are_alike = len(set(zip(canvas.num_given, canvas.num_open, strict=True))) == 1
@@ -106,11 +106,3 @@ class UnmaskingSchedule:
             if use_cache:
                 self.cached[row] = decided
             self.decided[row] += sum(kept)
-
-
-def _on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
-    """A generator for the CPU that follows from one of any device."""
-    if generator is None or generator.device.type == "cpu":
-        return generator
-    seed = torch.randint(2**62, (), generator=generator, device=generator.device)
-    return torch.Generator().manual_seed(int(seed))

@@ -1,0 +1,360 @@
+"""The exact likelihood of text under an Eso-LM, and the NELBO that training minimises."""
+
+import math
+from dataclasses import dataclass
+from itertools import permutations
+
+import torch
+import torch.nn.functional as F
+from transformers.utils import ModelOutput
+from transformers.utils.logging import tqdm
+
+from .generation_order import order_of_slots, order_probability, sample_scoring_orders, text_positions
+from .noise_schedule import keep_probability, nelbo_weight, sample_times
+from .sampling import on_cpu
+from .validation import is_integer, is_number, require_shape, require_token_ids
+
+MAX_ENUMERATED_TOKENS = 8
+"""Free tokens up to which all orders are enumerated: 8! = 40,320."""
+
+LOGITS_AT_A_TIME = 2**26
+"""Logits computed at a time: 256 MiB in float32."""
+
+
+@dataclass
+class EsoLikelihoodOutput(ModelOutput):
+    """What `log_likelihood` returns, in nats.
+
+    Args:
+        log_likelihood: (batch,). Over all orders, the exact log p(x); over K drawn orders, a lower bound of it in
+            expectation, which tightens with K.
+        log_likelihood_per_order: (batch, K), log p(x | σ) of every order, exact.
+        token_log_probs: (batch, K, length), log p of every token given those before it in the order; 0 where given
+            (or padding). They add up to `log_likelihood_per_order`.
+        is_greedy: (batch, K, length), whether the token is the most probable one there; True where given.
+        orders: (batch, K, length), the column of the token at each slot.
+    """
+
+    log_likelihood: torch.FloatTensor
+    log_likelihood_per_order: torch.FloatTensor | None = None
+    token_log_probs: torch.FloatTensor | None = None
+    is_greedy: torch.BoolTensor | None = None
+    orders: torch.LongTensor | None = None
+
+
+@dataclass
+class EsoNelboOutput(ModelOutput):
+    """What `nelbo` returns, in nats per sequence.
+
+    Args:
+        nelbo: (batch,), the mean over the draws: an unbiased estimate.
+        standard_error: (batch,), of that mean, as if the draws were independent; stratified times make it smaller.
+            NaN for a single draw.
+        nelbo_per_draw: (batch, draws).
+    """
+
+    nelbo: torch.FloatTensor
+    standard_error: torch.FloatTensor | None = None
+    nelbo_per_draw: torch.FloatTensor | None = None
+
+
+class EsoLikelihoodMixin:
+    """Scores text: `log_likelihood`, exact given an order of generation, and `nelbo`, the training objective."""
+
+    @torch.no_grad()
+    def log_likelihood(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        num_orders: int | str = 1,
+        orders: torch.LongTensor | None = None,
+        alpha_0: float | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        batch_size: int | None = None,
+        memory_budget: int = 2**31,
+    ) -> EsoLikelihoodOutput:
+        """Exact log-likelihood given an order, one forward for each order; averaged over orders, a bound of log p(x).
+
+        p(x) = E_σ p(x | σ), with σ as `generate` draws it: n ~ Binomial(L, α_0) tokens in uniform order, then the rest
+        from left to right (arXiv 2506.01928, section 4). For orders σ_1 ... σ_K, logsumexp(log p(x | σ_k)) - log K is
+        a lower bound in expectation that tightens with K.
+
+        Args:
+            input_ids: (batch, length), clean tokens.
+            attention_mask: (batch, length), 1 real and 0 padding, on either side; None: no padding.
+            context_mask: (batch, length), 1 for tokens that are given and not scored; they come first in the order,
+                from left to right. None: no context.
+            num_orders: K, orders drawn for each row; "all": every order, weighted by its probability, which gives
+                log p(x) itself (up to 8 tokens to score, equally many in every row).
+            orders: (K, length) or (batch, K, length), permutations of the columns to use in place of drawn ones.
+                Given tokens are moved to the front of them, and padding to the end.
+            alpha_0: In [0, 1]; None: the model config's. At 0 there is one order, and it is used once.
+            generator: Source of the orders; None: torch's global one.
+            batch_size: Pairs of row and order in a forward; None: what `memory_budget` holds.
+            memory_budget: Bytes for a forward, roughly.
+
+        Returns:
+            [`EsoLikelihoodOutput`].
+
+        Raises:
+            ValueError: for arguments that do not fit together, and for masks among the tokens to score.
+        """
+        is_real, is_given = self._check_text(input_ids, attention_mask, context_mask)
+        alpha_0 = self._check_alpha_0(alpha_0)
+        batch, length = input_ids.shape
+        is_free = is_real & ~is_given
+        log_weights = None
+        if orders is not None:
+            if num_orders != 1:
+                raise ValueError(f"`orders` are given: leave `num_orders` unset, got {num_orders!r}.")
+            orders = _check_orders(orders, batch, length)
+            group = torch.where(is_free, 1, torch.where(is_real, 0, 2))[:, None].expand_as(orders).gather(-1, orders)
+            slots = torch.arange(length, dtype=torch.float64).expand_as(orders)
+            # What is given stands from left to right.
+            rank = torch.where(group == 0, orders.double(), slots)
+            orders = orders.gather(-1, order_of_slots(group, rank))
+        elif num_orders == "all":
+            orders, log_weights = _all_orders(is_real, is_free, alpha_0)
+        elif is_integer(num_orders) and num_orders >= 1:
+            drawn = 1 if alpha_0 == 0 else num_orders
+            orders = sample_scoring_orders(is_real, is_given, drawn, alpha_0, on_cpu(generator))
+        else:
+            raise ValueError(f"`num_orders` must be a positive integer or 'all', got {num_orders!r}.")
+
+        pairs = orders.shape[1]
+        rows = torch.arange(batch).repeat_interleave(pairs)
+        order = orders.flatten(0, 1)
+        tokens = input_ids.cpu().long()[rows].gather(1, order)
+        values, is_greedy = self._score(
+            tokens,
+            tokens,
+            text_positions(is_real)[rows].gather(1, order),
+            is_free[rows].gather(1, order),
+            torch.ones(len(rows), dtype=torch.bool),
+            batch_size,
+            memory_budget,
+            "Orders",
+        )
+        # From slots back to columns.
+        slot_of_column = order.argsort(dim=-1)
+        token_log_probs = values.gather(1, slot_of_column).view(batch, pairs, length)
+        is_greedy = is_greedy.gather(1, slot_of_column).view(batch, pairs, length)
+        per_order = token_log_probs.double().sum(dim=-1)
+        log_weights = (
+            torch.full((pairs,), -math.log(pairs), dtype=torch.float64) if log_weights is None else log_weights
+        )
+        log_likelihood = torch.logsumexp(per_order + log_weights, dim=-1)
+        if alpha_0 == 0 and is_integer(num_orders):
+            per_order, token_log_probs, is_greedy, orders = (
+                tensor.repeat_interleave(num_orders, dim=1) if tensor.shape[1] == 1 else tensor
+                for tensor in (per_order, token_log_probs, is_greedy, orders)
+            )
+        device = self.device
+        return EsoLikelihoodOutput(
+            log_likelihood=log_likelihood.float().to(device),
+            log_likelihood_per_order=per_order.float().to(device),
+            token_log_probs=token_log_probs.to(device),
+            is_greedy=is_greedy.to(device),
+            orders=orders.to(device),
+        )
+
+    @torch.no_grad()
+    def nelbo(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        context_mask: torch.Tensor | None = None,
+        num_draws: int = 16,
+        alpha_0: float | None = None,
+        generator: torch.Generator | None = None,
+        *,
+        batch_size: int | None = None,
+        memory_budget: int = 2**31,
+    ) -> EsoNelboOutput:
+        """Estimates the NELBO, the sum of the diffusion and the sequential term (DESIGN 1), in nats per sequence.
+
+        Every draw takes a time t and a masked text for each term. The times are stratified over all rows and draws.
+
+        Args:
+            input_ids, attention_mask, context_mask, alpha_0, generator, batch_size, memory_budget: As for
+                `log_likelihood`.
+            num_draws: Draws for each row.
+
+        Returns:
+            [`EsoNelboOutput`].
+
+        Raises:
+            ValueError: for arguments that do not fit together, and for masks among the tokens to score.
+        """
+        is_real, is_given = self._check_text(input_ids, attention_mask, context_mask)
+        alpha_0 = self._check_alpha_0(alpha_0)
+        if not is_integer(num_draws) or num_draws < 1:
+            raise ValueError(f"`num_draws` must be a positive integer, got {num_draws!r}.")
+        generator = on_cpu(generator)
+        batch, length = input_ids.shape
+        # Neighbouring times go to different rows: those of a row cover [0, 1] evenly, too.
+        times = sample_times(batch * num_draws, generator).view(num_draws, batch).T.flatten()
+        rows = torch.arange(batch).repeat_interleave(num_draws)
+        tokens, positions = input_ids.cpu().long()[rows], text_positions(is_real)[rows]
+        is_real, is_free = is_real[rows], (is_real & ~is_given)[rows]
+
+        nelbo = torch.zeros(len(rows), dtype=torch.float64)
+        phases = ["diffusion"] * (alpha_0 > 0) + ["sequential"] * (alpha_0 < 1)
+        for phase in phases:
+            is_sequential = phase == "sequential"
+            keep = torch.full_like(times, alpha_0) if is_sequential else keep_probability(times, alpha_0)
+            weight = torch.ones_like(times) if is_sequential else nelbo_weight(times, alpha_0)
+            noise = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
+            is_masked = is_free & (noise >= keep[:, None])
+            # Given, clean, masked, padding; what is given, and the masks of the sequential phase, from left to right.
+            group = torch.where(is_masked, 2, torch.where(is_free, 1, torch.where(is_real, 0, 3)))
+            rank = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
+            is_ascending = (group == 0) | is_sequential & is_masked
+            rank = torch.where(is_ascending, torch.arange(length, dtype=torch.float64), rank)
+            order = order_of_slots(group, rank)
+            values, _ = self._score(
+                tokens.masked_fill(is_masked, self.config.mask_token_id).gather(1, order),
+                tokens.gather(1, order),
+                positions.gather(1, order),
+                is_masked.gather(1, order),
+                torch.full((len(rows),), is_sequential),
+                batch_size,
+                memory_budget,
+                f"NELBO, {phase} phase",
+            )
+            nelbo -= weight * values.double().sum(dim=-1)
+        per_draw = nelbo.view(batch, num_draws)
+        device = self.device
+        return EsoNelboOutput(
+            nelbo=per_draw.mean(dim=-1).float().to(device),
+            standard_error=(per_draw.std(dim=-1) / num_draws**0.5).float().to(device)
+            if num_draws > 1
+            else torch.full((batch,), torch.nan, device=device),
+            nelbo_per_draw=per_draw.float().to(device),
+        )
+
+    def _check_text(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, context_mask: torch.Tensor | None
+    ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        """What is real and what is given of the text, (batch, length) bool each, on the CPU."""
+        require_token_ids("input_ids", input_ids, self.config.vocab_size)
+        for name, mask in (("attention_mask", attention_mask), ("context_mask", context_mask)):
+            require_shape(name, mask, tuple(input_ids.shape))
+        shape = input_ids.shape
+        is_real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
+        is_given = torch.zeros(shape, dtype=torch.bool) if context_mask is None else context_mask.cpu().bool()
+        if (is_real & (input_ids.cpu() == self.config.mask_token_id)).any():
+            raise ValueError(
+                f"`input_ids` holds the mask id {self.config.mask_token_id}: only text without holes has a likelihood "
+                f"(or set `attention_mask` to 0 there)."
+            )
+        return is_real, is_given & is_real
+
+    def _check_alpha_0(self, alpha_0: float | None) -> float:
+        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
+        if not is_number(alpha_0) or not 0 <= alpha_0 <= 1:
+            raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
+        return alpha_0
+
+    def _score(
+        self,
+        input_ids: torch.LongTensor,
+        targets: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        is_wanted: torch.BoolTensor,
+        sequential_rows: torch.BoolTensor,
+        batch_size: int | None,
+        memory_budget: int,
+        title: str,
+    ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+        """Log-probabilities of the targets at the wanted slots, batch by batch, in evaluation mode.
+
+        Args: (pairs, slots) each, in generation order; `sequential_rows` (pairs,).
+
+        Returns:
+            (pairs, slots), log p of the target, 0 elsewhere; and whether it is the most probable token.
+        """
+        if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
+            raise ValueError(f"`batch_size` must be None or a positive integer, got {batch_size!r}.")
+        config, device = self.config, self.device
+        values, is_greedy = torch.zeros(input_ids.shape), torch.ones(input_ids.shape, dtype=torch.bool)
+        if batch_size is None:
+            slots = 2 * input_ids.shape[1]
+            scores = config.num_attention_heads if config._attn_implementation == "eager" else 1
+            # Hidden states of a layer with its MLP and residuals in float32, and a mask or attention scores.
+            bytes_per_pair = 4 * slots * (12 * config.hidden_size + scores * slots)
+            batch_size = max(1, memory_budget // max(bytes_per_pair, 1))
+        was_training = self.training
+        self.eval()
+        try:
+            starts = range(0, len(input_ids), batch_size)
+            for start in tqdm(starts, desc=title, delay=10):
+                batch = slice(start, start + batch_size)
+                if not is_wanted[batch].any():
+                    continue
+                labels = targets[batch].to(device)
+                states, rows, slots = self._states_at(
+                    is_wanted[batch].to(device),
+                    input_ids[batch].to(device),
+                    None,
+                    position_ids[batch].to(device),
+                    None,  # padding is last
+                    labels,
+                    sequential_rows[batch].to(device),
+                )
+                labels = labels[rows, slots]
+                log_probs, hits = [], []
+                for part in torch.arange(len(states)).split(max(1, LOGITS_AT_A_TIME // config.vocab_size)):
+                    part = slice(int(part[0]), int(part[-1]) + 1)
+                    logits = self._logits(states[part]).float()
+                    log_probs.append(-F.cross_entropy(logits, labels[part], reduction="none"))
+                    hits.append(logits.argmax(dim=-1) == labels[part])
+                rows, slots = rows.cpu() + start, slots.cpu()
+                values[rows, slots] = torch.cat(log_probs).cpu()
+                is_greedy[rows, slots] = torch.cat(hits).cpu()
+        finally:
+            self.train(was_training)
+        return values, is_greedy
+
+
+def _check_orders(orders: torch.LongTensor, batch: int, length: int) -> torch.LongTensor:
+    """(batch, K, length), on the CPU."""
+    orders = orders.cpu()
+    if orders.dim() == 2:
+        orders = orders.expand(batch, *orders.shape)
+    if orders.dim() != 3 or orders.shape[0] != batch or orders.shape[2] != length or orders.shape[1] == 0:
+        raise ValueError(
+            f"`orders` must have the shape (K, {length}) or ({batch}, K, {length}), got {tuple(orders.shape)}."
+        )
+    if not torch.equal(orders.sort(dim=-1).values, torch.arange(length).expand_as(orders)):
+        raise ValueError(f"`orders` must hold permutations of 0 ... {length - 1}.")
+    return orders
+
+
+def _all_orders(
+    is_real: torch.BoolTensor, is_free: torch.BoolTensor, alpha_0: float
+) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Every order that can be drawn, (batch, K, length), and the logarithms of their probabilities, (K,)."""
+    counts = is_free.sum(dim=-1).unique().tolist()
+    if len(counts) > 1 or counts[0] > MAX_ENUMERATED_TOKENS:
+        raise ValueError(
+            f"`num_orders='all'` takes at most {MAX_ENUMERATED_TOKENS} tokens to score, equally many in every row, "
+            f"got {counts}."
+        )
+    possible = [(order, order_probability(order, alpha_0)) for order in permutations(range(counts[0]))]
+    possible = [(order, probability) for order, probability in possible if probability > 0]
+    permutation = torch.tensor([order for order, _ in possible], dtype=torch.long).view(len(possible), counts[0])
+    columns = torch.arange(is_real.shape[1], dtype=torch.float64).expand(is_real.shape)
+    group = torch.where(is_free, 1, torch.where(is_real, 0, 2))
+    first = order_of_slots(group, columns)  # given, free, padding
+    num_given = (is_real & ~is_free).sum(dim=-1, keepdim=True)
+    orders = first[:, None].repeat(1, len(possible), 1)
+    for row, start in enumerate(num_given[:, 0].tolist()):
+        free = first[row, start : start + counts[0]]
+        orders[row, :, start : start + counts[0]] = free[permutation]
+    return orders, torch.tensor([probability for _, probability in possible], dtype=torch.float64).log()
+
+
+__all__ = ["EsoLikelihoodMixin", "EsoLikelihoodOutput", "EsoNelboOutput"]
