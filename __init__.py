@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .configuration_eso import EsoConfig
 from .data_collator import DataCollatorForHybridMaskedDiffusion
 from .generation import EsoGenerateOutput, EsoGenerationConfig, EsoGenerationMixin
+from .held_out_evaluation import HeldOutEvaluationCallback
 from .likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
 from .modeling_eso import EsoForMaskedDiffusion, EsoModel
 
@@ -27,4 +28,5 @@ __all__ = [
     "EsoLikelihoodOutput",
     "EsoModel",
     "EsoNelboOutput",
+    "HeldOutEvaluationCallback",
 ]

@@ -1,0 +1,80 @@
+"""The callback: the same texts and noise at each evaluation, and no trace in the training."""
+
+import math
+
+import pytest
+import torch
+from text_data import train_tokenizer
+from tiny_models import random_batch, randomized_model
+from transformers import Trainer, TrainingArguments
+
+from eso_lm import DataCollatorForHybridMaskedDiffusion, HeldOutEvaluationCallback
+
+MASK = 23
+
+
+def train(tmp_path, every=None, callback=True, **arguments):
+    torch.manual_seed(0)
+    model = randomized_model(vocab_size=300, mask_token_id=MASK, hidden_dropout=0.1)
+    tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+    rows = [{"input_ids": row.tolist()} for row in random_batch(model, 16, 6) % MASK]
+    held_out = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7]}]
+    settings = {"max_steps": 4, "report_to": "none", "save_strategy": "no", "use_cpu": True, "logging_steps": 1}
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(tmp_path), **settings | arguments),
+        data_collator=DataCollatorForHybridMaskedDiffusion(mask_token_id=MASK, alpha_0=0.5),
+        train_dataset=rows,
+        eval_dataset=rows[:4],
+    )
+    if callback:
+        evaluation = HeldOutEvaluationCallback(
+            trainer, held_out, every=every, tokenizer=tokenizer, generation_settings={"max_new_tokens": 5}
+        )
+        trainer.add_callback(evaluation)
+    trainer.train()
+    return trainer
+
+
+def test_reports_are_logged_and_repeat(tmp_path):
+    trainer = train(tmp_path, every=2, learning_rate=0.0)
+    reports = [entry for entry in trainer.state.log_history if "held_out_nelbo" in entry]
+    assert [entry["step"] for entry in reports] == [2, 4]
+    assert reports[0]["held_out_nelbo"] == reports[1]["held_out_nelbo"], "nothing was learned, nothing else changes"
+    assert reports[0]["held_out_perplexity"] == pytest.approx(math.exp(reports[0]["held_out_nelbo"]))
+    samples = [entry["samples"] for entry in trainer.state.log_history if "samples" in entry]
+    assert samples[0] == samples[1]
+    assert len(samples[0]) == 2
+    model = trainer.model
+    scores = [
+        model.nelbo(torch.tensor([[1, 2, 3]]), num_draws=3000),
+        model.nelbo(torch.tensor([[4, 5, 6, 7]]), context_mask=torch.tensor([[1, 0, 0, 0]]), num_draws=3000),
+    ]
+    expected = sum(score.nelbo.item() for score in scores) / 6
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, HeldOutEvaluationCallback))
+    callback.num_draws = 3000
+    error = sum(score.standard_error.item() for score in scores) / 6
+    assert callback.evaluate(model)["held_out_nelbo"] == pytest.approx(expected, abs=6 * error)
+
+
+def test_the_training_does_not_notice(tmp_path):
+    with_callback = train(tmp_path, every=1)
+    without = train(tmp_path, callback=False)
+    for name, parameter in with_callback.model.state_dict().items():
+        assert torch.equal(parameter, without.model.state_dict()[name])
+    assert with_callback.model.training
+
+
+def test_it_follows_the_evaluations_of_the_trainer(tmp_path):
+    trainer = train(tmp_path, eval_strategy="steps", eval_steps=3)
+    steps = [entry["step"] for entry in trainer.state.log_history if "held_out_nelbo" in entry]
+    assert steps == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"dataset": []}, "at least one text"), ({"every": 0}, "`every` must be a positive integer, got 0")],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        HeldOutEvaluationCallback(None, **{"dataset": [{"input_ids": [1]}]} | arguments)
