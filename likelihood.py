@@ -73,7 +73,7 @@ class EsoLikelihoodMixin:
         generator: torch.Generator | None = None,
         *,
         batch_size: int | None = None,
-        memory_budget: int = 2**31,
+        memory_budget: int = 2**29,
     ) -> EsoLikelihoodOutput:
         """Exact log-likelihood given an order, one forward for each order; averaged over orders, a bound of log p(x).
 
@@ -171,7 +171,7 @@ class EsoLikelihoodMixin:
         generator: torch.Generator | None = None,
         *,
         batch_size: int | None = None,
-        memory_budget: int = 2**31,
+        memory_budget: int = 2**29,
     ) -> EsoNelboOutput:
         """Estimates the NELBO, the sum of the diffusion and the sequential term (DESIGN 1), in nats per sequence.
 

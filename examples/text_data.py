@@ -7,7 +7,7 @@ import sysconfig
 from pathlib import Path
 from pydoc_data import topics
 
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -39,6 +39,31 @@ def text_file_documents(folder: str | Path) -> list[str]:
     if not documents:
         raise ValueError(f"`folder` must hold .txt files with text in them, found {len(paths)} files in {folder}.")
     return documents
+
+
+def load_texts(name: str, config: str | None = None, split: str = "train", column: str = "text") -> list[str]:
+    """The texts of a file (.txt, .jsonl, .json, .parquet), of a folder of .txt files, or of a dataset on the Hub.
+
+    Raises:
+        ValueError: when there is no such column, or no text in it.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return text_file_documents(path)
+    if path.is_file():
+        kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+        if path.suffix not in kinds:
+            raise ValueError(f"A file of texts must end in one of {list(kinds)}, got {name}.")
+        options = {"sample_by": "document"} if path.suffix == ".txt" else {}
+        data = load_dataset(kinds[path.suffix], data_files=str(path), split=split, **options)
+    else:
+        data = load_dataset(name, config, split=split)
+    if column not in data.column_names:
+        raise ValueError(f"The texts must be in a column of {name}: {data.column_names}, got {column!r}.")
+    texts = [text for text in data[column] if text and text.strip()]
+    if not texts:
+        raise ValueError(f"The column {column!r} of {name} must hold texts, found none.")
+    return texts
 
 
 def train_tokenizer(documents: list[str], vocab_size: int, length: int) -> PreTrainedTokenizerFast:

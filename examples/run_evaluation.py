@@ -1,0 +1,252 @@
+"""Evaluate an Eso-LM on a dataset: NELBO, exact likelihood over more and more orders, and the quality of its samples.
+
+python examples/run_evaluation.py --model outputs/quickstart --data my_texts --output outputs/evaluation
+python examples/run_evaluation.py --model my-eso-lm --data wikitext --data_config wikitext-2-raw-v1 --split test
+python examples/run_evaluation.py --model my-eso-lm --data held_out.jsonl --num_samples 256 --judge gpt2-large
+
+`--data` is a file (.txt, .jsonl, .json, .parquet), a folder of .txt files, or the name of a dataset on the Hub. Writes
+`evaluation.json`, with all settings, and `bound.png`, the bound on the perplexity against the number of orders.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import evaluate
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from text_data import load_texts, pack
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+
+from eso_lm import EsoForMaskedDiffusion
+
+METRICS = Path(__file__).parents[1] / "metrics"
+
+
+@dataclass
+class Arguments:
+    """What to evaluate on what."""
+
+    model: str = field(metadata={"help": "name or folder of the model"})
+    data: str | None = field(default=None, metadata={"help": "file, folder or Hub dataset; unset: samples only"})
+    data_config: str | None = field(default=None, metadata={"help": "configuration of a Hub dataset"})
+    split: str = field(default="train", metadata={"help": "split of the dataset; files have `train` only"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    output: Path = field(default=Path("outputs/evaluation"), metadata={"help": "folder for the results"})
+    per_document: bool = field(
+        default=False, metadata={"help": "score documents one by one, cut to `length`; else packed into blocks"}
+    )
+    length: int | None = field(default=None, metadata={"help": "tokens a block; unset: the model's positions"})
+    max_sequences: int = field(default=256, metadata={"help": "blocks or documents to score"})
+    alpha_0: float | None = field(default=None, metadata={"help": "of likelihoods and samples; unset: the model's"})
+    num_orders: int = field(
+        default=16, metadata={"help": "the most orders of a likelihood; 1, 2, 4, ... are reported"}
+    )
+    num_nelbo_draws: int = field(default=16, metadata={"help": "draws of the noise for each sequence"})
+    num_samples: int = field(default=0, metadata={"help": "texts to generate and judge"})
+    sample_length: int | None = field(default=None, metadata={"help": "tokens a sample; unset: `length`"})
+    num_diffusion_steps: int | None = None
+    unmasking_order: str | None = None
+    entropy_bound: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    batch_size: int = field(default=16, metadata={"help": "samples at a time"})
+    judge: str | None = field(default=None, metadata={"help": "causal model for generative perplexity and MAUVE"})
+    mauve: bool = field(default=False, metadata={"help": "MAUVE against the data (needs `mauve-text` and a judge)"})
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.data is None and self.num_samples == 0:
+            raise ValueError("There is nothing to do: give `--data`, `--num_samples`, or both.")
+        for name in ("max_sequences", "num_orders", "num_nelbo_draws", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.mauve and (self.data is None or self.judge is None or self.num_samples == 0):
+            raise ValueError(
+                "`--mauve` compares samples with data by a judge: give `--data`, `--judge`, `--num_samples`."
+            )
+
+
+def sequences(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, args: Arguments
+) -> tuple[torch.LongTensor, torch.LongTensor, int]:
+    """Ids and attention mask, (sequences, length) each, and the number of bytes of the text that is scored."""
+    if args.per_document:
+        rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+        rows = [row for row in rows if row]
+    else:
+        rows = pack(texts, tokenizer, length)["input_ids"]
+    rows = list(rows)[: args.max_sequences]
+    if not rows:
+        raise ValueError(
+            f"`--data {args.data}` is too short for a block of {length} tokens: try `--per_document true`."
+        )
+    width = max(len(row) for row in rows)
+    input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
+    attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(rows, skip_special_tokens=True))
+    return input_ids, attention_mask, num_bytes
+
+
+def per_token(nats: torch.Tensor, tokens: torch.Tensor, num_bytes: int) -> dict[str, float]:
+    """A ratio of sums over sequences, with its standard error: nats (sequences,) over tokens (sequences,)."""
+    nats, tokens = nats.double().cpu(), tokens.double()
+    mean = float(nats.sum() / tokens.sum())
+    count = len(nats)
+    deviation = (nats - mean * tokens).square().sum().sqrt() / tokens.sum()
+    error = float(deviation) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
+    return {
+        "nats_per_token": mean,
+        "standard_error": error,
+        "bits_per_token": mean / math.log(2),
+        "bits_per_byte": float(nats.sum()) / math.log(2) / max(num_bytes, 1),
+        "perplexity": math.exp(mean),
+    }
+
+
+def likelihoods(model: EsoForMaskedDiffusion, input_ids, attention_mask, num_bytes: int, args: Arguments) -> dict:
+    """NELBO and the bounds of 1, 2, 4, ... orders, all per token."""
+    tokens = attention_mask.sum(dim=-1)
+    arguments = {"attention_mask": attention_mask, "alpha_0": args.alpha_0}
+    generator = torch.Generator().manual_seed(args.seed)
+    nelbo = model.nelbo(input_ids, num_draws=args.num_nelbo_draws, generator=generator, **arguments)
+    output = model.log_likelihood(input_ids, num_orders=args.num_orders, generator=generator, **arguments)
+    bounds, num_orders = {}, 1
+    while num_orders <= args.num_orders:
+        # Each sequence has as many estimates as fit into its orders; they all count.
+        groups = output.log_likelihood_per_order[:, : args.num_orders // num_orders * num_orders]
+        groups = groups.double().unflatten(1, (-1, num_orders)).logsumexp(dim=-1) - math.log(num_orders)
+        bounds[num_orders] = per_token(-groups.mean(dim=-1), tokens, num_bytes)
+        num_orders *= 2
+    return {
+        "sequences": len(input_ids),
+        "tokens": int(tokens.sum()),
+        "bytes": num_bytes,
+        "nelbo": per_token(nelbo.nelbo, tokens, num_bytes),
+        "bound_by_num_orders": bounds,
+    }
+
+
+def generate(model: EsoForMaskedDiffusion, length: int, args: Arguments) -> tuple[torch.LongTensor, float]:
+    """Samples, (num_samples, length), and the mean number of forwards."""
+    names = ("alpha_0", "num_diffusion_steps", "unmasking_order", "entropy_bound", "temperature", "top_p")
+    settings = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    parts, forwards = [], []
+    for start in range(0, args.num_samples, args.batch_size):
+        numbers = range(start, min(start + args.batch_size, args.num_samples))
+        output = model.generate(
+            torch.empty(len(numbers), 0, dtype=torch.long, device=model.device),
+            max_new_tokens=length,
+            eos_token_id=None,
+            generator=[torch.Generator().manual_seed((args.seed << 32) + number) for number in numbers],
+            return_dict_in_generate=True,
+            **settings,
+        )
+        parts.append(output.sequences.cpu())
+        forwards += output.unmasking_steps.amax(dim=-1).tolist()
+    return torch.cat(parts), sum(forwards) / len(forwards)
+
+
+def sample_quality(samples: torch.LongTensor, texts: list[str], references: list[str], args: Arguments) -> dict:
+    """The metrics of `metrics/` on the samples, and MAUVE if asked for."""
+    ids = samples.tolist()
+    scores = evaluate.load(str(METRICS / "unigram_entropy")).compute(predictions=ids)
+    scores |= evaluate.load(str(METRICS / "distinct_n")).compute(predictions=ids, max_n=4)
+    if args.judge is not None:
+        judge = evaluate.load(str(METRICS / "generative_perplexity"))
+        judged = judge.compute(predictions=texts, model_id=args.judge)
+        scores |= {
+            "generative_perplexity": judged["perplexity"],
+            "mean_generative_perplexity": judged["mean_perplexity"],
+        }
+    if args.mauve:
+        scores["mauve"] = mauve_score(texts, references, args)
+    return scores
+
+
+@torch.no_grad()
+def mauve_score(texts: list[str], references: list[str], args: Arguments) -> float:
+    """MAUVE (Pillutla et al., 2021) between the samples and the data, on the judge's last hidden states."""
+    try:
+        import mauve
+    except ImportError as error:
+        raise ValueError("`--mauve` needs the package `mauve-text`: install it, or leave `--mauve` out.") from error
+    tokenizer = AutoTokenizer.from_pretrained(args.judge)
+    judge = AutoModelForCausalLM.from_pretrained(args.judge).eval()
+
+    def features(texts: list[str]) -> torch.Tensor:
+        rows = (tokenizer(text, return_tensors="pt", truncation=True, max_length=1024) for text in texts)
+        return torch.stack([judge(**row, output_hidden_states=True).hidden_states[-1][0, -1] for row in rows])
+
+    outcome = mauve.compute_mauve(
+        p_features=features(references).numpy(), q_features=features(texts).numpy(), verbose=False, seed=args.seed
+    )
+    return float(outcome.mauve)
+
+
+def plot_bound(results: dict, path: Path) -> None:
+    """Draws the bound on the perplexity against the number of orders, with the NELBO's above it."""
+    bounds = results["bound_by_num_orders"]
+    figure, axes = plt.subplots(figsize=(5, 3.6))
+    axes.errorbar(
+        list(bounds),
+        [bound["nats_per_token"] for bound in bounds.values()],
+        yerr=[bound["standard_error"] for bound in bounds.values()],
+        marker="o",
+        capsize=3,
+        label="exact likelihood over K orders",
+    )
+    axes.axhline(results["nelbo"]["nats_per_token"], linestyle="--", color="grey", label="NELBO")
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("orders K")
+    axes.set_ylabel("negative log-likelihood (nats per token)")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(args: Arguments) -> dict:
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModel.from_pretrained(args.model).eval()
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    length = args.length or model.config.max_position_embeddings
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()}
+    results = {"settings": settings | {"torch": torch.__version__, "transformers": transformers.__version__}}
+    references = []
+    if args.data is not None:
+        texts = load_texts(args.data, args.data_config, args.split, args.text_column)
+        input_ids, attention_mask, num_bytes = sequences(texts, tokenizer, length, args)
+        references = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        results["likelihood"] = likelihoods(model, input_ids, attention_mask, num_bytes, args)
+    if args.num_samples > 0:
+        samples, forwards = generate(model, args.sample_length or length, args)
+        texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+        results["samples"] = {"forwards": forwards, **sample_quality(samples, texts, references, args)}
+        results["texts"] = texts[:8]
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "evaluation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    if args.data is not None:
+        plot_bound(results["likelihood"], args.output / "bound.png")
+        nelbo, bounds = results["likelihood"]["nelbo"], results["likelihood"]["bound_by_num_orders"]
+        print(f"{'':>14}  nats/token  +- s.e.  perplexity  bits/byte")
+        for name, row in [("NELBO", nelbo), *((f"{count} orders", bound) for count, bound in bounds.items())]:
+            print(
+                f"{name:>14}  {row['nats_per_token']:10.4f}  {row['standard_error']:7.4f}  {row['perplexity']:10.3f}  "
+                f"{row['bits_per_byte']:9.4f}"
+            )
+    for name, value in results.get("samples", {}).items():
+        print(f"{name:>28}  {value:.4f}")
+    print(f"Wrote {args.output / 'evaluation.json'}")
+    return results
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

@@ -1,0 +1,123 @@
+"""examples/run_evaluation.py: from files to JSON and a plot, with numbers that the model's own methods give."""
+
+import json
+import math
+
+import pytest
+import run_evaluation
+import torch
+from datasets import Dataset
+from run_evaluation import Arguments, main, per_token
+from text_data import load_texts, train_tokenizer
+from tiny_models import randomized_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TEXTS = [f"The quick brown fox number {index} jumps over the lazy dog." for index in range(30)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer(TEXTS, 300, 64)
+    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "pad_token_id", "eos_token_id")}
+    randomized_model(vocab_size=len(tokenizer), scale=0.2, **ids).save_pretrained(path / "eso")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(path / "judge")
+    for name in ("eso", "judge"):
+        tokenizer.save_pretrained(path / name)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    (path / "texts.txt").write_text("\n".join(TEXTS))
+    (path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    Dataset.from_dict({"body": TEXTS}).to_parquet(path / "texts.parquet")
+    return path
+
+
+def test_texts_come_from_every_kind_of_file(data):
+    assert load_texts(str(data / "texts.jsonl")) == TEXTS
+    assert load_texts(str(data / "texts.parquet"), column="body") == TEXTS
+    assert load_texts(str(data / "texts.txt")) == ["\n".join(TEXTS)]
+    assert load_texts(str(data)) == ["\n".join(TEXTS)]
+    with pytest.raises(ValueError, match=r"\['body'\], got 'text'"):
+        load_texts(str(data / "texts.parquet"))
+    (data / "texts.csv").write_text("a,b")
+    with pytest.raises(ValueError, match="must end in one of"):
+        load_texts(str(data / "texts.csv"))
+
+
+@pytest.mark.parametrize("per_document", [False, True])
+def test_evaluation_reports_what_the_model_says(folder, data, tmp_path, per_document):
+    arguments = {"per_document": per_document, "length": 20, "max_sequences": 6, "num_orders": 4, "alpha_0": 0.5}
+    model_and_data = {"model": str(folder / "eso"), "data": str(data / "texts.jsonl"), "output": tmp_path}
+    results = main(Arguments(**model_and_data, **arguments))
+    assert (tmp_path / "bound.png").stat().st_size > 5000
+    stored = json.loads((tmp_path / "evaluation.json").read_text())
+    assert stored["settings"]["num_orders"] == 4
+    likelihood = results["likelihood"]
+    assert stored["likelihood"]["nelbo"] == likelihood["nelbo"]
+    assert set(likelihood["bound_by_num_orders"]) == {1, 2, 4}
+    for bound in likelihood["bound_by_num_orders"].values():
+        assert bound["perplexity"] == pytest.approx(math.exp(bound["nats_per_token"]))
+        nats = bound["nats_per_token"] * likelihood["tokens"]
+        assert bound["bits_per_byte"] == pytest.approx(nats / math.log(2) / likelihood["bytes"])
+    bounds = [likelihood["bound_by_num_orders"][count]["nats_per_token"] for count in (1, 2, 4)]
+    assert bounds == sorted(bounds, reverse=True), "averages over the same orders tighten for sure"
+    again = main(Arguments(**model_and_data, **arguments))
+    assert again["likelihood"] == likelihood
+    model = run_evaluation.AutoModel.from_pretrained(folder / "eso")
+    tokenizer = run_evaluation.AutoTokenizer.from_pretrained(folder / "eso")
+    texts = load_texts(str(data / "texts.jsonl"))
+    ids, mask, _ = run_evaluation.sequences(texts, tokenizer, 20, Arguments(**model_and_data, **arguments))
+    exact = model.log_likelihood(ids, mask, num_orders=400, alpha_0=0.5).log_likelihood.sum() / mask.sum()
+    assert -exact < bounds[-1]
+    assert -exact == pytest.approx(bounds[-1], abs=0.2)
+
+
+def test_samples_are_judged(folder, tmp_path):
+    results = main(
+        Arguments(
+            model=str(folder / "eso"),
+            output=tmp_path,
+            num_samples=5,
+            batch_size=2,
+            sample_length=12,
+            judge=str(folder / "judge"),
+            entropy_bound=20.0,
+            alpha_0=1.0,
+        )
+    )
+    samples = results["samples"]
+    assert 1 <= samples["forwards"] < 12
+    assert samples["generative_perplexity"] > 1
+    assert {"unigram_entropy", "distinct_4", "mean_generative_perplexity"} <= samples.keys()
+    assert len(results["texts"]) == 5
+
+
+def test_standard_errors_cover_the_truth():
+    """Ratios of sums over 40 sequences of different lengths, 400 times: the error is that of the spread."""
+    generator = torch.Generator().manual_seed(0)
+    means, errors = [], []
+    for _ in range(400):
+        tokens = torch.randint(5, 50, (40,), generator=generator)
+        nats = 3.0 * tokens + tokens.sqrt() * torch.randn(40, generator=generator)
+        row = per_token(nats, tokens, 1)
+        means.append(row["nats_per_token"])
+        errors.append(row["standard_error"])
+    assert sum(errors) / 400 == pytest.approx(torch.tensor(means).std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "There is nothing to do"),
+        ({"data": "a", "num_orders": 0}, "`--num_orders` must be at least 1, got 0"),
+        ({"data": "a", "mauve": True}, "`--mauve` compares samples with data"),
+    ],
+)
+def test_arguments_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Arguments(model="m", **arguments)
