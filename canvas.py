@@ -57,6 +57,8 @@ class Canvas:
         self.known = [0] * self.batch
         self.end = [length] * self.batch
         self.is_stopped = [False] * self.batch
+        # What was open when its row was stopped: it stays masked, even if the row keeps step with the others.
+        self.stays_open = torch.zeros_like(self.is_open)
         for row in range(self.batch):
             self._extend_known(row)
 
@@ -69,7 +71,7 @@ class Canvas:
         self.unmasking_steps[rows, columns] = step
         self.is_open[rows, columns] = False
         for row, column, token in zip(rows, columns, tokens, strict=True):
-            if token in self.eos_token_ids and column > self.last_given[row]:
+            if token in self.eos_token_ids and column > self.last_given[row] and not self.is_stopped[row]:
                 self.end[row] = min(self.end[row], column + 1)
         for row in set(rows):
             self._extend_known(row)
@@ -87,6 +89,7 @@ class Canvas:
     def stop(self, row: int, end: int) -> None:
         """Stops a row. Its text ends after `end` columns, but not before what was given; open ones stay masked."""
         self.is_stopped[row] = True
+        self.stays_open[row] = self.is_open[row]
         self.end[row] = min(self.end[row], max(end, self.last_given[row] + 1))
 
     def is_finished(self) -> bool:
@@ -95,13 +98,14 @@ class Canvas:
         return all(is_stopped or known >= end for is_stopped, known, end in rows)
 
     def idle_rows(self, in_lockstep: bool) -> list[bool]:
-        """(batch,): rows that need no further tokens. Those that have merely ended keep step with the others."""
+        """(batch,): rows that need no further tokens, unless they keep step with the others."""
         rows = zip(self.is_stopped, self.known, self.end, strict=True)
-        return [is_stopped or (not in_lockstep and known >= end) for is_stopped, known, end in rows]
+        return [not in_lockstep and (is_stopped or known >= end) for is_stopped, known, end in rows]
 
     def holds_prefixes(self) -> bool:
-        """Whether in every row all that is open stands behind all that was given."""
-        return all(known > last_given for known, last_given in zip(self.known, self.last_given, strict=True))
+        """Whether every row is plain text, without padding, with all that is open behind all that was given."""
+        rows = zip(self.known, self.last_given, strict=True)
+        return bool(self.is_real.all()) and all(known > last_given for known, last_given in rows)
 
     def known_text(self, row: int) -> torch.LongTensor:
         """(known tokens,), what is known of a row so far, in text order."""
@@ -111,13 +115,18 @@ class Canvas:
         """The tokens of a row by text position, -1 where they are open."""
         return self.tokens[row].masked_fill(self.is_open[row], -1)[self.is_real[row]].tolist()
 
-    def padding(self) -> torch.BoolTensor:
+    def is_behind_end(self) -> torch.BoolTensor:
         """(batch, length): what lies behind the end of the text."""
         return torch.arange(self.length) >= torch.tensor(self.end)[:, None]
 
+    def is_void(self) -> torch.BoolTensor:
+        """(batch, length): what lies behind the end of the text, and what a stop has left open."""
+        return self.is_behind_end() | self.stays_open
+
     def sequences(self) -> torch.LongTensor:
-        """(batch, length), padded behind the end of the text; what is still open before it holds the mask."""
-        return self.tokens.masked_fill(self.padding(), self.pad_token_id)
+        """(batch, length), padded behind the end of the text; what is open before it holds the mask."""
+        tokens = self.tokens.masked_fill(self.stays_open, self.mask_token_id)
+        return tokens.masked_fill(self.is_behind_end(), self.pad_token_id)
 
 
 class StopWatcher:
@@ -126,7 +135,7 @@ class StopWatcher:
     After every forward they first get the text that they have let pass, its last token masked. Whoever says stop to
     that, be it a clock or a cancel button, stops the row as it is, and what is open stays masked. Then they get the
     text once for each token that has joined it. Who says stop to that has seen something in the text: it ends there,
-    and later columns become padding.
+    and later columns become padding. Rows come one at a time, without scores.
 
     Args:
         stopping_criteria: Those of `generate`; what the canvas sees to itself (length, end of text) is left out.

@@ -33,6 +33,8 @@ UNSUPPORTED_SETTINGS = {
     "guidance_scale": (None, 1),
     "penalty_alpha": (None, 0),
     "prefill_chunk_size": (None,),
+    "num_beam_groups": (None, 1),
+    "low_memory": (None, False),
     "encoder_no_repeat_ngram_size": (None, 0),
     "encoder_repetition_penalty": (None, 1),
     "output_attentions": (None, False),
@@ -57,7 +59,8 @@ class EsoGenerationConfig(GenerationConfig):
             `None`: one block.
         confidence_threshold (`float`, *optional*): Adaptive unmasking in the diffusion phase: every forward looks at
             a window of candidate masks and keeps those whose most probable token has at least this probability (of
-            each row at least the best); the others go back to the pool. In [0, 1]: 0 keeps all.
+            each row at least the best), under the model's own distribution, before any filter; the others go back to
+            the pool. In [0, 1]: 0 keeps all.
         entropy_bound (`float`, *optional*): Adaptive unmasking that keeps the most certain candidates, as long as the
             entropies of those before each one add up to at most this many nats (arXiv 2505.24857).
         num_candidates (`int`, *optional*): Masks that adaptive unmasking looks at in a forward. `None`: 16.
@@ -96,9 +99,7 @@ class EsoGenerationConfig(GenerationConfig):
     def validate(self, *args, **kwargs):
         """Checks the fields of the two phases, and those of transformers."""
         for name in ("max_length", "max_new_tokens", "num_return_sequences"):
-            value, low = getattr(self, name), int(name == "num_return_sequences")
-            if value is not None and not (is_integer(value) and value >= low):
-                raise ValueError(f"`{name}` must be an integer >= {low}, got {value!r}.")
+            _check_count(name, getattr(self, name))
         # transformers refuses to generate 0 new tokens; here that fills in the holes of the prompt alone.
         max_new_tokens, self.max_new_tokens = self.max_new_tokens, self.max_new_tokens or None
         try:
@@ -133,6 +134,16 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`num_candidates={self.num_candidates}` is for adaptive unmasking: set `confidence_threshold` or "
                 f"`entropy_bound` too."
             )
+
+    def save_pretrained(self, *args, **kwargs):
+        """Saves the settings, unless transformers could not load the model with them."""
+        self.check_loadable()
+        super().save_pretrained(*args, **kwargs)
+
+    def check_loadable(self) -> None:
+        """Raises a ValueError for settings that transformers refuses to load with a model."""
+        if self.max_new_tokens == 0:
+            raise ValueError("`max_new_tokens=0` cannot be saved, since transformers would not load it: unset it.")
 
     @property
     def is_adaptive(self) -> bool:
@@ -181,7 +192,8 @@ class EsoGenerationMixin(GenerationMixin):
                 tokens follow the prompts; or none, if a prompt has holes to fill in.
             attention_mask: (batch, tokens), 1 real and 0 padding, on either side.
             generator: A `torch.Generator` for all draws in place of torch's global one; or a list with one for each
-                row (samples of a prompt follow one another), which then does not depend on its batch.
+                row (samples of a prompt follow one another), which then does not depend on its batch, but for the
+                rounding of floating-point numbers.
             streamer: Gets text as soon as all to its left is known, and drafts if it has `put_draft`; one row only.
             logits_processor, stopping_criteria, ...: As in transformers. Processors get each slot as a row, with the
                 text known so far in text order. Criteria get the text known from the left, once for each token that
@@ -195,6 +207,8 @@ class EsoGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for prompts and settings that cannot be used.
         """
+        for name in ("max_length", "max_new_tokens", "num_return_sequences"):
+            _check_count(name, kwargs.get(name))
         name = "inputs" if inputs is not None else "input_ids"
         prompts = inputs if inputs is not None else kwargs.pop("input_ids", None)
         if prompts is None and kwargs.get("attention_mask") is not None:
@@ -230,13 +244,27 @@ class EsoGenerationMixin(GenerationMixin):
             prepared.max_new_tokens = 0
         return _as_eso_generation_config(prepared), model_kwargs
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+    def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
+        # Modes that transformers has moved out would be loaded from the Hub before they are validated.
+        self._check_mode(generation_mode)
+        return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
+
+    def _check_mode(self, generation_mode: GenerationMode) -> None:
         if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
             raise ValueError(
                 f"`generate` got arguments for {generation_mode.value.replace('_', ' ')}, which has no meaning for an "
                 f"Eso-LM: it decodes in any order. Leave `num_beams` at 1 and `assistant_model`, "
                 f"`prompt_lookup_num_tokens` and the like unset."
             )
+
+    def compute_transition_scores(self, *args, **kwargs):
+        """Has no meaning here: the scores are not those of left-to-right steps."""
+        raise ValueError(
+            "`compute_transition_scores` presupposes left to right: take `log_probs` of the output of `generate`."
+        )
+
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        self._check_mode(generation_mode)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
@@ -275,7 +303,7 @@ class EsoGenerationMixin(GenerationMixin):
             if value not in values:
                 why = "is not supported"
                 if name in LEFT_TO_RIGHT_SETTINGS:
-                    why = "presupposes left to right (alpha_0=0, no holes)"
+                    why = "presupposes left to right (alpha_0=0, no holes, no padding)"
                 raise ValueError(f"`{name}={value!r}` {why}: leave it unset.")
         eos_token_ids = generation_config._eos_token_tensor
         for name, ids in (
@@ -383,19 +411,21 @@ class EsoGenerationMixin(GenerationMixin):
                 logits = self._decode(canvas, schedule, widths, past_key_values)  # (masks of all rows, vocab)
                 num_forwards += 1
 
-                scores = logits
+                # Before the processors, which may work in place.
+                log_probs = logits.log_softmax(dim=-1)
+                scores = logits.clone() if processors and "logits" in recorded else logits
                 if processors:
-                    scores = process_logits(processors, logits, canvas, rows, columns)
+                    scores = process_logits(processors, scores, canvas, rows, columns)
                     scores[:, self.config.mask_token_id] = -torch.inf
                 if generation_config.do_sample:
                     drawn = draw_tokens(scores, draw_uniform(widths, generator, self.device))
                 else:
                     drawn = scores.argmax(dim=-1)
-                log_probs = logits.log_softmax(dim=-1).gather(-1, drawn[:, None])[:, 0]
                 is_drawable = scores.amax(dim=-1).isfinite()
                 is_kept = select_tokens(
-                    logits, widths, generation_config.confidence_threshold, generation_config.entropy_bound
+                    log_probs, widths, generation_config.confidence_threshold, generation_config.entropy_bound
                 )
+                log_probs = log_probs.gather(-1, drawn[:, None])[:, 0]
                 # All that the host needs to know of this forward, in one transfer.
                 drawn, log_probs, is_drawable, is_kept = torch.stack(
                     [drawn.double(), log_probs.double(), is_drawable.double(), is_kept.double()]
@@ -427,16 +457,13 @@ class EsoGenerationMixin(GenerationMixin):
         sequences = canvas.sequences().to(self.device)
         if not generation_config.return_dict_in_generate:
             return sequences
-        is_padding = canvas.padding()
+        is_void = canvas.is_void()
         return EsoGenerateOutput(
             sequences=sequences,
             num_function_evaluations=num_forwards,
-            unmasking_steps=canvas.unmasking_steps.masked_fill(is_padding, 0).to(self.device),
-            log_probs=canvas.log_probs.masked_fill(is_padding, 0).to(self.device),
-            **{
-                name: tensor.masked_fill_(is_padding.to(self.device)[..., None], 0)
-                for name, tensor in recorded.items()
-            },
+            unmasking_steps=canvas.unmasking_steps.masked_fill(is_void, 0).to(self.device),
+            log_probs=canvas.log_probs.masked_fill(is_void, 0).to(self.device),
+            **{name: tensor.masked_fill_(is_void.to(self.device)[..., None], 0) for name, tensor in recorded.items()},
         )
 
     def _decode(
@@ -487,6 +514,12 @@ def _rewind(cache: Cache | None, length: int) -> None:
         cache.keep(length)
     elif cache is not None and cache.get_seq_length() > length:
         cache.crop(length - cache.get_seq_length())
+
+
+def _check_count(name: str, value: int | None) -> None:
+    low = int(name == "num_return_sequences")
+    if value is not None and not (is_integer(value) and value >= low):
+        raise ValueError(f"`{name}` must be an integer >= {low}, got {value!r}.")
 
 
 def _check_generator(generator: Generators, batch: int) -> None:

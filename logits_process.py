@@ -6,6 +6,7 @@ text are replaced by the ones here, which know where in the text a slot stands; 
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -86,27 +87,58 @@ class NoRepeatedNGram(SlotProcessor):
 
     def __init__(self, size: int):
         self.size = size
+        # Of each row, the text seen last, and the completions of its n-grams: an offset and the other tokens of an
+        # n-gram, mapped to the tokens that have stood at the offset between them.
+        self.texts: dict[int, list[int]] = {}
+        self.completions: dict[int, dict[tuple[int, tuple[int, ...]], set[int]]] = {}
 
     def __call__(self, canvas, rows, columns, scores):
-        texts = {row: canvas.text_with_gaps(row) for row in set(rows)}
-        seen = {row: self._completions(text) for row, text in texts.items()}
+        for row in set(rows):
+            self._learn(row, canvas.text_with_gaps(row))
         scores = scores.clone()
         for slot, (row, column) in enumerate(zip(rows, columns, strict=True)):
-            place = int(canvas.text_positions[row, column])
-            for offset in range(self.size):
-                others = _others(texts[row], place, offset, self.size)
-                scores[slot, sorted(seen[row].get((offset, others), ()))] = -torch.inf
+            forbidden = self._forbidden(row, int(canvas.text_positions[row, column]))
+            scores[slot, sorted(forbidden)] = -torch.inf
         return scores
 
-    def _completions(self, text: list[int]) -> dict[tuple[int, tuple[int, ...]], set[int]]:
-        """Maps an offset and the other tokens of an n-gram to those that have stood at the offset between them."""
-        completions = defaultdict(set)
-        for start in range(len(text) - self.size + 1):
-            ngram = text[start : start + self.size]
-            if -1 not in ngram:
+    def _learn(self, row: int, text: list[int]) -> None:
+        """Adds the n-grams that have become known since the last call."""
+        known_before = self.texts.get(row, [-1] * len(text))
+        completions = self.completions.setdefault(row, defaultdict(set))
+        new = [place for place, (old, token) in enumerate(zip(known_before, text, strict=True)) if old != token]
+        starts = {place - offset for place in new for offset in range(self.size)}
+        for start in starts:
+            ngram = text[max(start, 0) : start + self.size]
+            if start >= 0 and len(ngram) == self.size and -1 not in ngram:
                 for offset, token in enumerate(ngram):
                     completions[offset, (*ngram[:offset], *ngram[offset + 1 :])].add(token)
-        return completions
+        self.texts[row] = text
+
+    def _forbidden(self, row: int, place: int) -> set[int]:
+        text, completions = self.texts[row], self.completions[row]
+        windows = [(offset, _others(text, place, offset, self.size)) for offset in range(self.size)]
+        windows = [(offset, others) for offset, others in windows if others is not None and -1 not in others]
+        forbidden = set().union(*(completions.get(window, ()) for window in windows))
+        # A token may also complete two n-grams at once that are the same; it then equals one of its neighbours.
+        for token in {token for _, others in windows for token in others}:
+            ngrams = {(*others[:offset], token, *others[offset:]) for offset, others in windows}
+            if len(ngrams) < len(windows):
+                forbidden.add(token)
+        return forbidden
+
+
+class AllowedTokens(SlotProcessor):
+    """Allows the tokens that a function of the row and its known text names: `prefix_allowed_tokens_fn`."""
+
+    def __init__(self, allowed_tokens: Callable[[int, torch.LongTensor], list[int]]):
+        self.allowed_tokens = allowed_tokens
+
+    def __call__(self, canvas, rows, columns, scores):
+        allowed = {row: list(self.allowed_tokens(row, canvas.known_text(row))) for row in set(rows)}
+        mask = torch.full_like(scores, -torch.inf)
+        for slot, row in enumerate(rows):
+            mask[slot, allowed[row]] = 0
+        return scores + mask
 
 
 def _others(text: list[int], place: int, offset: int, size: int) -> tuple[int, ...] | None:
@@ -123,19 +155,22 @@ def for_slots(logits_processor: LogitsProcessorList) -> list[LogitsProcessor | S
 
 
 def _for_slots(processor: LogitsProcessor) -> LogitsProcessor | SlotProcessor:
-    if isinstance(processor, standard.RepetitionPenaltyLogitsProcessor):
+    # Exactly these classes: what others have made of them is theirs.
+    kind = type(processor)
+    if kind is standard.RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, torch.Tensor):
         # transformers has it skip each prompt's padding, which the text known so far does not have.
-        is_padding = isinstance(processor.prompt_ignore_length, torch.Tensor)
-        return type(processor)(processor.penalty) if is_padding else processor
-    if isinstance(processor, standard.NoRepeatNGramLogitsProcessor):
+        return standard.RepetitionPenaltyLogitsProcessor(processor.penalty)
+    if kind is standard.NoRepeatNGramLogitsProcessor:
         return NoRepeatedNGram(processor.ngram_size)
-    if isinstance(processor, standard.SequenceBiasLogitsProcessor):
+    if kind in (standard.SequenceBiasLogitsProcessor, standard.NoBadWordsLogitsProcessor):
         return PhraseBias(dict(processor.sequence_bias))
-    if isinstance(processor, standard.MinLengthLogitsProcessor):
+    if kind is standard.MinLengthLogitsProcessor:
         return MinimumLength(processor.min_length, processor.eos_token_id)
-    if isinstance(processor, standard.MinNewTokensLengthLogitsProcessor):
+    if kind is standard.MinNewTokensLengthLogitsProcessor:
         first_column = processor.prompt_length_to_skip + processor.min_new_tokens
         return MinimumLength(first_column, processor.eos_token_id)
+    if kind is standard.PrefixConstrainedLogitsProcessor:
+        return AllowedTokens(processor._prefix_allowed_tokens_fn)
     return processor
 
 
@@ -152,7 +187,7 @@ def process_logits(
     for processor in processors:
         if isinstance(processor, SlotProcessor):
             scores = processor(canvas, rows, columns, scores)
-        elif isinstance(processor, TEXT_FREE_PROCESSORS):
+        elif type(processor) in TEXT_FREE_PROCESSORS:
             scores = processor(None, scores)
         else:
             contexts = contexts or _contexts(canvas, rows, scores.device)

@@ -240,6 +240,8 @@ class EsoPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """Saves weights, configurations and the code, so that the folder loads with `trust_remote_code=True`."""
+        if isinstance(getattr(self, "generation_config", None), EsoGenerationConfig):
+            self.generation_config.check_loadable()
         # transformers records the one Auto class that a model class is registered for; users come through several.
         self.config.auto_map = {"AutoConfig": _module_and_name(type(self.config))} | {
             auto_class: _module_and_name(type(self)) for auto_class in self._auto_classes

@@ -15,8 +15,11 @@ def is_number(value) -> bool:
 
 def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     """Raises a ValueError unless `tensor` is None or of the given shape."""
-    if tensor is not None and tuple(tensor.shape) != shape:
-        raise ValueError(f"`{name}` must have the shape {shape}, got {tuple(tensor.shape)}.")
+    if tensor is None:
+        return
+    if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
+        given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise ValueError(f"`{name}` must be a tensor of the shape {shape}, got {given}.")
 
 
 def require_token_ids(name: str, token_ids, vocab_size: int) -> None:

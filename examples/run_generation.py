@@ -7,13 +7,16 @@ python examples/run_generation.py --model $model --prompts prompts.txt --num_sam
 accelerate launch --num_processes 2 examples/run_generation.py --model $model --num_samples 64 --output samples.jsonl
 
 In prompts, <mask:6> stands for a hole of six tokens, as does the tokenizer's own mask token for one. Each sample draws
-from a stream of random numbers of its own, so it does not depend on the batch size or the number of processes.
+from a stream of random numbers of its own, so it does not depend on the batch size or the number of processes (but for
+the rounding of floating-point numbers).
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TextIO
 
 import torch
@@ -45,7 +48,7 @@ class Arguments:
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, ...; auto: as saved"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run the code that comes with the model"})
 
-    max_new_tokens: int | None = field(default=None, metadata={"help": "tokens after the prompt; 0: fill holes only"})
+    max_new_tokens: int = field(default=64, metadata={"help": "tokens after each prompt; 0: fill holes only"})
     alpha_0: float | None = None
     num_diffusion_steps: int | None = None
     unmasking_order: str | None = None
@@ -64,6 +67,8 @@ class Arguments:
         for name in ("num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"`--seed` must be in [0, {2**31 - 1}], got {self.seed}.")
         if self.output is not None and self.output.exists() and not self.resume:
             raise ValueError(f"`--output {self.output}` exists: name another file, or go on with it by `--resume`.")
         if self.resume and self.output is None:
@@ -98,17 +103,23 @@ class LiveView(BaseStreamer):
         mask = self.tokenizer.mask_token
         text, rest = (self.tokenizer.decode(ids).replace(mask, " ·") for ids in (self.known, draft))
         # Up to where the last drawing began, and clear from there.
+        columns = get_terminal_size().columns
         up = f"\033[{self.num_lines}F" if self.num_lines else "\r"
         self.stream.write(f"{up}\033[J{text}\033[33m{rest}\033[0m")
         self.stream.flush()
-        self.num_lines = (text + rest).count("\n")
+        # Long lines wrap, and each of their rows counts.
+        lines = (text + rest).split("\n")
+        self.num_lines = sum(max(1, math.ceil(len(line) / columns)) for line in lines) - 1
 
 
 def read_prompts(args: Arguments) -> list[str]:
     """The prompts asked for; one empty prompt if there are none."""
     if args.prompts is None:
         return [args.prompt or ""]
-    lines = args.prompts.read_text(encoding="utf-8").splitlines()
+    # Not splitlines, which also splits at characters that may stand inside a text.
+    lines = args.prompts.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    if lines == [""]:
+        raise ValueError(f"`--prompts {args.prompts}` holds no prompts.")
     if args.prompts.suffix != ".jsonl":
         return lines
     prompts = [json.loads(line).get("prompt") for line in lines if line.strip()]
@@ -117,13 +128,20 @@ def read_prompts(args: Arguments) -> list[str]:
     return prompts
 
 
-def count_records(path: Path) -> int:
-    """The number of records in a JSONL file, after dropping a last one that was not written to its end."""
+def count_records(path: Path, prompts: list[str]) -> int:
+    """The number of records in a JSONL file, after dropping a last one that was not written to its end.
+
+    Raises:
+        ValueError: when they are not samples of the first `prompts`.
+    """
     content = path.read_bytes()
     complete = content[: content.rfind(b"\n") + 1]
+    records = [json.loads(line) for line in complete.split(b"\n")[:-1]]
+    if [record.get("prompt") for record in records] != prompts[: len(records)]:
+        raise ValueError(f"`--output {path}` holds samples of other prompts, or another number of them for each.")
     if complete != content:
         path.write_bytes(complete)
-    return complete.count(b"\n")
+    return len(records)
 
 
 def encode(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> tuple[torch.LongTensor, torch.LongTensor]:
@@ -162,7 +180,7 @@ def generate(
             "prompt": prompt,
             "text": text,
             "log_prob": round(log_probs.sum().item(), 4),
-            "num_function_evaluations": int(steps.max()),
+            "num_function_evaluations": max(steps.tolist(), default=0),
         }
         for number, prompt, text, log_probs, steps in zip(
             numbers, prompts, texts, output.log_probs, output.unmasking_steps, strict=True
@@ -179,7 +197,7 @@ def main(args: Arguments) -> None:
     work = list(enumerate(prompts))
     if args.resume and args.output.exists():
         with state.main_process_first():
-            work = work[count_records(args.output) :]
+            work = work[count_records(args.output, prompts) :]
 
     # Round by round: what has been generated is on disk before the next batch begins.
     batch_size = 1 if args.live else args.batch_size

@@ -277,6 +277,20 @@ def test_draws_reach_the_tail_and_nothing_beyond(uniform, token):
     [
         ({"num_beams": 3}, "has no meaning for an Eso-LM"),
         ({"assistant_model": "self"}, "has no meaning for an Eso-LM"),
+        ({"force_words_ids": [[1]], "num_beams": 2}, "has no meaning for an Eso-LM"),
+        ({"low_memory": True}, "`low_memory=True` is not supported"),
+        ({"max_new_tokens": "5"}, "`max_new_tokens` must be an integer >= 0, got '5'"),
+        ({"alpha_0": 0.5, "forced_eos_token_id": 3}, "presupposes left to right"),
+        (
+            {
+                "input_ids": torch.ones(2, 2).long(),
+                "attention_mask": torch.tensor([[0, 1], [1, 1]]),
+                "alpha_0": 0.0,
+                "begin_suppress_tokens": [3],
+            },
+            "no holes, no padding",
+        ),
+        ({"input_ids": torch.ones(1, 2).long(), "attention_mask": [[1, 1]]}, r"shape \(1, 2\), got list"),
         ({"alpha_0": 1.5}, r"`alpha_0` must be None or a number in \[0, 1\], got 1.5"),
         ({"num_diffusion_steps": 0}, "`num_diffusion_steps` must be None or a positive integer, got 0"),
         ({"block_length": 0}, "`block_length` must be None or a positive integer, got 0"),
@@ -287,7 +301,10 @@ def test_draws_reach_the_tail_and_nothing_beyond(uniform, token):
         ({"input_ids": [[1, 2]]}, "got list"),
         ({"input_ids": torch.ones(1, 3)}, "integer ids, got torch.float32"),
         ({"input_ids": torch.tensor([[1, 24]])}, r"ids in \[0, 23\], got ids from 1 to 24"),
-        ({"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(1, 3)}, "shape of `input_ids`"),
+        (
+            {"input_ids": torch.ones(2, 3).long(), "attention_mask": torch.ones(1, 3)},
+            r"shape \(2, 3\), got \(1, 3\)",
+        ),
         ({"attention_mask": torch.ones(1, 3)}, "`attention_mask` needs `input_ids`"),
         ({"inputs_embeds": torch.ones(1, 3, 32)}, "no use for the arguments"),
         ({"num_return_sequences": 0}, "`num_return_sequences` must be an integer >= 1, got 0"),

@@ -145,6 +145,50 @@ def test_filters_cut_the_tail(filters):
     torch.testing.assert_close(drawn, output.log_probs)
 
 
+def test_a_token_that_completes_the_same_ngram_twice_is_forbidden():
+    model = randomized_model()
+    arguments = {"input_ids": torch.tensor([[5, MASK, 5]]), "sequence_bias": [[[5], 99.0]], "do_sample": False}
+    assert generate(model, max_new_tokens=0, **arguments).sequences.tolist() == [[5, 5, 5]]
+    sequences = generate(model, max_new_tokens=0, no_repeat_ngram_size=2, **arguments).sequences
+    assert sequences[0, 1] != 5
+
+
+def test_allowed_tokens_are_those_of_the_row():
+    model = randomized_model()
+    prompts, mask = torch.tensor([[22, 6], [7, 8]]), torch.tensor([[0, 1], [1, 1]])
+    seen = {0: [], 1: []}
+
+    def allowed(row, text):
+        seen[row].append(text.tolist())
+        return [3] if row == 0 else [4, 5]
+
+    for alpha_0 in (0.0, 1.0):
+        output = generate(
+            model, input_ids=prompts, attention_mask=mask, prefix_allowed_tokens_fn=allowed, alpha_0=alpha_0
+        )
+        assert set(output.sequences[0, 2:].tolist()) == {3}
+        assert set(output.sequences[1, 2:].tolist()) <= {4, 5}
+    assert seen[0][0] == [6]
+    assert seen[1][0] == [7, 8]
+
+
+def test_subclasses_of_processors_run_as_they_are():
+    """And may work in place: `logits` and `log_probs` stay those of the model."""
+
+    class Halving(standard.TemperatureLogitsWarper):
+        def __call__(self, input_ids, scores):
+            return scores.mul_(1 / (1 + input_ids.shape[1]))
+
+    model = randomized_model()
+    output = generate(
+        model, input_ids=torch.tensor([[4]]), logits_processor=[Halving(1.0)], output_logits=True, output_scores=True
+    )
+    drawn = output.logits.log_softmax(dim=-1).gather(-1, output.sequences[..., None])[0, 1:, 0]
+    torch.testing.assert_close(output.log_probs[0, 1:], drawn)
+    step = output.unmasking_steps[0] == 1
+    torch.testing.assert_close(output.scores[0, step, :MASK], output.logits[0, step, :MASK] / 2)
+
+
 def test_scores_are_zero_where_given():
     model = randomized_model()
     prompt = random_batch(model, 2, 3)
@@ -166,6 +210,7 @@ class StopAt(StoppingCriteria):
 @pytest.mark.parametrize("batch", [1, 5])
 def test_criteria_see_every_prefix_and_end_the_text_there(unmasking_order, batch):
     model = randomized_model(scale=0.05)
+    model.lm_head.bias.data[4], model.lm_head.bias.data[22] = 1.0, -50.0
     prompt = torch.tensor([[4, 4]] * batch)
     arguments = {"input_ids": prompt, "max_new_tokens": 40, "unmasking_order": unmasking_order, "pad_token_id": 22}
     free = generate(model, **arguments).sequences
@@ -209,6 +254,7 @@ def test_stop_strings_end_the_text(unmasking_order):
 
 def test_the_criteria_of_length_and_end_of_text_work_as_the_settings_do():
     model = randomized_model(scale=0.05)
+    model.lm_head.bias.data[22] = -50.0
     arguments = {"max_new_tokens": 30, "pad_token_id": 22, "alpha_0": 0.5}
     short = generate(model, stopping_criteria=[MaxLengthCriteria(9)], **arguments).sequences
     assert (short[:, 9:] == 22).all()
@@ -231,6 +277,28 @@ def test_time_runs_out_and_leaves_masks(batch):
     completed = generate(model, input_ids=output.sequences, max_new_tokens=0).sequences
     assert (completed != MASK).all()
     assert torch.equal(completed[output.sequences != MASK], output.sequences[output.sequences != MASK])
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "dynamic"}, {"use_cache": False}])
+def test_rows_that_stop_keep_step_with_the_others(cache):
+    model = randomized_model(scale=0.05)
+    prompt = torch.tensor([[1, 9], [2, 9], [3, 9]])
+
+    class StopFirst(StoppingCriteria):
+        """A button that stops whatever begins with a 1."""
+
+        def __call__(self, input_ids, scores, **kwargs):
+            return (input_ids[:, 0] == 1) & (input_ids[:, -1] == MASK)
+
+    arguments = {"input_ids": prompt, "num_diffusion_steps": 6, "pad_token_id": 22}
+    free = generate(model, **arguments)
+    output = generate(model, stopping_criteria=[StopFirst()], **cache, **arguments)
+    assert torch.equal(output.sequences[1:], free.sequences[1:])
+    revealed = free.unmasking_steps[0] <= 1
+    assert torch.equal(output.sequences[0, revealed], free.sequences[0, revealed])
+    assert (output.sequences[0, ~revealed] == MASK).all()
+    assert not output.unmasking_steps[0, ~revealed].any()
+    assert not output.log_probs[0, ~revealed].any()
 
 
 class Recorder(BaseStreamer):
@@ -331,6 +399,20 @@ def test_generation_settings_are_saved_with_the_model(tmp_path):
     for name in ("entropy_bound", "num_candidates", "unmasking_order", "alpha_0"):
         assert getattr(loaded.generation_config, name) == getattr(model.generation_config, name)
     assert torch.equal(generate(loaded).sequences, generate(model).sequences)
+
+
+def test_settings_that_would_not_load_are_not_saved(tmp_path):
+    model = randomized_model()
+    model.generation_config.max_new_tokens = 0
+    for saves in (model.save_pretrained, model.generation_config.save_pretrained):
+        with pytest.raises(ValueError, match="`max_new_tokens=0` cannot be saved"):
+            saves(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_transition_scores_are_refused():
+    with pytest.raises(ValueError, match="take `log_probs`"):
+        randomized_model().compute_transition_scores(None, None)
 
 
 @pytest.mark.parametrize("padding_side", ["left", "right"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import run_generation
 import torch
-from run_generation import Arguments, LiveView, main
+from run_generation import Arguments, LiveView, main, read_prompts
 from text_data import fill_in_masks, train_tokenizer
 from tiny_models import randomized_model
 
@@ -59,6 +59,8 @@ def test_resuming_completes_the_file(folder, tmp_path):
     output.write_bytes(b"".join(lines[:2]) + lines[2][:20])  # killed while it wrote the third
     with pytest.raises(ValueError, match="exists: name another file"):
         Arguments(**arguments)
+    with pytest.raises(ValueError, match="holds samples of other prompts"):
+        main(Arguments(resume=True, **arguments | {"prompt": "The"}))
     main(Arguments(resume=True, **arguments))
     assert [record["text"] for record in records(output)] == [record["text"] for record in complete]
 
@@ -72,17 +74,22 @@ def test_prompts_come_from_jsonl_and_texts_go_to_the_terminal(folder, tmp_path, 
     (tmp_path / "prompts.jsonl").write_text('{"text": "The"}\n')
     with pytest.raises(ValueError, match="in the field `prompt`"):
         main(Arguments(model=str(folder), prompts=tmp_path / "prompts.jsonl"))
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "The\u2028quick"}\n', encoding="utf-8")
+    assert read_prompts(Arguments(model="m", prompts=tmp_path / "prompts.jsonl")) == ["The\u2028quick"]
+    (tmp_path / "prompts.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no prompts"):
+        read_prompts(Arguments(model="m", prompts=tmp_path / "prompts.jsonl"))
 
 
 def test_live_view_draws_masks_as_dots(folder, capsys):
-    main(Arguments(model=str(folder), prompt="The <mask:2> fox", live=True))
+    main(Arguments(model=str(folder), prompt="The <mask:2> fox", live=True, max_new_tokens=0))
     drawings = capsys.readouterr().out.split("\033[J")
     assert any(drawing.count("·") == 2 for drawing in drawings)
     assert "·" not in drawings[-1]
     assert drawings[-1].startswith("The ")
 
 
-def test_live_view_goes_back_over_all_lines(folder):
+def test_live_view_goes_back_over_all_lines(monkeypatch):
     written = []
 
     class Stream:
@@ -91,12 +98,16 @@ def test_live_view_goes_back_over_all_lines(folder):
         def flush(self):
             pass
 
+    monkeypatch.setenv("COLUMNS", "20")
     tokenizer = train_tokenizer(["a\nb\nc " * 20], 300, 64)
     view = LiveView(tokenizer, Stream())
     view.put(torch.tensor(tokenizer("a\nb\n")["input_ids"]))
     view.put_draft(torch.tensor(tokenizer("c")["input_ids"]))
     assert written[0].startswith("\r\033[J")
     assert written[1].startswith("\033[2F\033[J")
+    view.put_draft(torch.tensor(tokenizer(50 * "c")["input_ids"]))
+    view.put_draft(torch.tensor(tokenizer("c")["input_ids"]))
+    assert written[3].startswith("\033[4F\033[J"), "50 characters take three rows of 20"
 
 
 def test_holes_become_masks():
@@ -111,6 +122,7 @@ def test_holes_become_masks():
         ({"prompt": "a", "prompts": Path("b")}, "exclude each other"),
         ({"num_samples": 0}, "`--num_samples` must be at least 1, got 0"),
         ({"resume": True}, "`--resume` needs `--output`"),
+        ({"seed": 2**31}, r"`--seed` must be in \[0, 2147483647\]"),
     ],
 )
 def test_arguments_that_contradict_are_refused(arguments, message):
