@@ -21,6 +21,7 @@ def run_example(monkeypatch, name: str, *arguments: str) -> None:
 def home(tmp_path_factory) -> Path:
     """A folder with a few texts of the user's own."""
     home = tmp_path_factory.mktemp("home")
+    (home / "metrics").symlink_to(ROOT / "metrics")
     (home / "my_texts").mkdir()
     for index in range(40):
         text = "\n".join(f"The number {index} is followed by the number {index + step}." for step in range(1, 8))
@@ -43,7 +44,7 @@ def test_quickstart_and_readme_snippets_run(trained, home, capsys):
     before, after = map(float, re.search(r"NELBO: ([\d.]+) .* training, ([\d.]+) after", trained).groups())
     assert after < before - 0.5
     assert len(re.findall(r"^--- alpha_0 = ", trained, flags=re.MULTILINE)) == 6
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 10
     namespace = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)

@@ -86,20 +86,9 @@ def test_sequential_phase(model, expected):
     torch.testing.assert_close(losses, expected["sequential.nll_per_token"], **TOLERANCE)
 
 
-@torch.no_grad()
 def test_log_likelihood_given_an_order(model, expected):
-    """Two streams with every slot queried: log p(x | order), one row at a time through the public loss."""
-    for index, order in enumerate(expected["likelihood.orders"]):
-        for row, text in enumerate(expected["x0"]):
-            tokens = text[order][None]
-            loss = model(
-                torch.full_like(tokens, MASK),
-                position_ids=order[None],
-                labels=tokens,
-                sequential_rows=torch.tensor([True]),
-                num_items_in_batch=1,
-            ).loss
-            torch.testing.assert_close(-loss, expected["likelihood.log_p_given_order"][row, index], atol=1e-4, rtol=0)
+    scores = model.log_likelihood(expected["x0"], orders=expected["likelihood.orders"])
+    torch.testing.assert_close(scores.log_likelihood_per_order, expected["likelihood.log_p_given_order"], **TOLERANCE)
 
 
 @pytest.mark.parametrize("preallocated", [True, False])
