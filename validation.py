@@ -19,7 +19,7 @@ def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]
         return
     if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != shape:
         given = tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-        raise ValueError(f"`{name}` must be a tensor of the shape {shape}, got {given}.")
+        raise ValueError(f"`{name}` must have the shape {shape}, got {given}.")
 
 
 def require_token_ids(name: str, token_ids, vocab_size: int) -> None:

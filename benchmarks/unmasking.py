@@ -36,19 +36,10 @@ FAMILIES = {
 }
 
 
-@torch.no_grad()
 def score(model: eso_lm.EsoForMaskedDiffusion, sequences: torch.LongTensor, num_orders: int) -> dict[str, float]:
     """The quality of samples, (batch, tokens): see the top of this file."""
     batch, length = sequences.shape
-    loss = 0.0
-    for _ in range(num_orders):
-        order = torch.rand(batch, length).argsort(dim=-1)
-        loss += model(
-            torch.full_like(sequences, model.config.mask_token_id),
-            position_ids=order,
-            labels=sequences.gather(1, order),
-            sequential_rows=torch.ones(batch, dtype=torch.bool),
-        ).loss.item()
+    scores = model.log_likelihood(sequences, num_orders=num_orders, alpha_0=1.0)
     repeated = 0
     for row in sequences.tolist():
         ngrams = list(zip(*(row[start:] for start in range(4)), strict=False))
@@ -56,7 +47,7 @@ def score(model: eso_lm.EsoForMaskedDiffusion, sequences: torch.LongTensor, num_
     frequencies = sequences.flatten().bincount().double() / sequences.numel()
     frequencies = frequencies[frequencies > 0]
     return {
-        "nll": loss / num_orders,
+        "nll": -scores.log_likelihood_per_order.mean().item() / length,
         "repetition": repeated / batch,
         "entropy": float(-(frequencies * frequencies.log()).sum()),
     }
