@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -398,7 +398,9 @@ class EsoGenerationMixin(GenerationMixin):
         }
         num_forwards = 0
         progress = tqdm(total=sum(canvas.num_open), unit="token", disable=not generation_config.progress_bar)
+        decoding = ExitStack()
         try:
+            decoding.enter_context(self.modulations_folded())
             if streamer is not None:
                 streamer.start(canvas)
             while self._has_unfinished_sequences(canvas.is_finished(), synced_gpus, self.device):
@@ -450,6 +452,7 @@ class EsoGenerationMixin(GenerationMixin):
                 if streamer is not None:
                     streamer.update()
         finally:
+            decoding.close()
             progress.close()
             if streamer is not None:
                 streamer.end()

@@ -52,15 +52,16 @@ def main(args: argparse.Namespace) -> None:
             F.scaled_dot_product_attention(query, layer.keys[:, :, :context], layer.values[:, :, :context])
 
     times = {(name, context): [] for name in ("step", "attention") for context in args.contexts}
-    for repeat in range(args.repeats + 1):
-        for context in args.contexts:
-            for name, function in (("step", step), ("attention", attention)):
-                start = time.perf_counter()
-                function(context)
-                if args.device != "cpu":
-                    torch.cuda.synchronize()
-                if repeat > 0:
-                    times[name, context].append(1e3 * (time.perf_counter() - start))
+    with model.modulations_folded():  # as `generate` does
+        for repeat in range(args.repeats + 1):
+            for context in args.contexts:
+                for name, function in (("step", step), ("attention", attention)):
+                    start = time.perf_counter()
+                    function(context)
+                    if args.device != "cpu":
+                        torch.cuda.synchronize()
+                    if repeat > 0:
+                        times[name, context].append(1e3 * (time.perf_counter() - start))
     medians = {key: median(values) for key, values in times.items()}
 
     shortest = min(args.contexts)
