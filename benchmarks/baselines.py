@@ -1,0 +1,133 @@
+"""The systems that the paper compares Eso-LMs with, on the layers of an Eso-LM: each is one model and one decoding loop.
+
+They use the project's backbone through its public interface, with the masks that define each system, so that all run the
+same layers at the same sizes. Trained or not, they cost the same; `speed.py` measures that.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from eso_lm import EsoForMaskedDiffusion
+from eso_lm.cache import PreallocatedCache
+from eso_lm.noise_schedule import sample_unmasking_counts
+from eso_lm.sampling import draw_tokens, draw_uniform
+
+
+def draw(logits: torch.Tensor) -> torch.LongTensor:
+    """Draws a token from logits (..., vocab), as `generate` does."""
+    flat = logits.float().flatten(0, -2)
+    uniform = draw_uniform([len(flat)], None, flat.device)
+    return draw_tokens(flat, uniform).view(logits.shape[:-1])
+
+
+class AutoregressiveSampler:
+    """Left to right with a KV cache: the output at slot s predicts token s + 1, one slot a step."""
+
+    def __init__(self, model: EsoForMaskedDiffusion, start_token_id: int = 0):
+        self.model, self.start_token_id = model, start_token_id
+
+    def forward(self, input_ids: torch.LongTensor, first: int, cache: PreallocatedCache | None) -> torch.Tensor:
+        """Logits of the last slot, (batch, vocab), for slots that begin at position `first`."""
+        positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        output = self.model(input_ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    @torch.no_grad()
+    def steps(self, batch: int, length: int, context: int = 0) -> Iterator[torch.LongTensor]:
+        """Yields the tokens after each forward, (batch, length); `context` tokens are taken as cached already."""
+        device = self.model.device
+        cache = filled_cache(self.model, batch, length + 1, context)
+        tokens = torch.full((batch, length + 1), self.start_token_id, device=device)
+        for place in range(context, length):
+            logits = self.forward(tokens[:, place : place + 1], place, cache)
+            tokens[:, place + 1] = draw(logits)
+            yield tokens[:, 1:]
+
+
+class MaskedDiffusionSampler:
+    """Bidirectional attention, no cache: every step is a pass over the whole text (MDLM's ancestral sampler).
+
+    Logits are computed at the places that are revealed only, and a step that reveals nothing costs no pass: more than
+    the usual implementations spare.
+    """
+
+    def __init__(self, model: EsoForMaskedDiffusion):
+        self.model = model
+
+    def forward(self, input_ids: torch.LongTensor, places: torch.LongTensor | int = 0) -> torch.Tensor:
+        """Logits of a text (batch, length), at `places` (batch, count) or everywhere."""
+        batch, length = input_ids.shape
+        everything = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
+        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
+        return self.model(input_ids, position_ids=positions, attention_mask=everything, logits_to_keep=places).logits
+
+    @torch.no_grad()
+    def steps(self, batch: int, length: int, num_steps: int) -> Iterator[torch.LongTensor]:
+        """Yields the tokens after each forward, (batch, length)."""
+        device = self.model.device
+        tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
+        order = torch.rand(batch, length, device=device).argsort(dim=-1)
+        done = 0
+        for count in sample_unmasking_counts(length, num_steps, 1.0):
+            places = order[:, done : done + count]
+            tokens.scatter_(1, places, draw(self.forward(tokens, places)))
+            done += count
+            yield tokens
+
+
+class BlockDiffusionSampler:
+    """Bidirectional inside a block, causal over blocks, whose keys and values are cached when they are complete (BD3-LM).
+
+    Each step is a pass over the block on top of the cache; a last pass over the clean block fills the cache.
+    """
+
+    def __init__(self, model: EsoForMaskedDiffusion, block_length: int):
+        self.model, self.block_length = model, block_length
+
+    def forward(
+        self, input_ids: torch.LongTensor, first: int, cache: PreallocatedCache, places: torch.LongTensor | int = 0
+    ) -> torch.Tensor:
+        """Logits of a block (batch, block length) that begins at position `first`, with `first` tokens cached."""
+        batch, length = input_ids.shape
+        cache.keep(first)
+        everything = torch.ones(1, 1, length, first + length, dtype=torch.bool, device=input_ids.device)
+        positions = torch.arange(first, first + length, device=input_ids.device).expand(batch, length)
+        return self.model(
+            input_ids,
+            position_ids=positions,
+            attention_mask=everything,
+            past_key_values=cache,
+            logits_to_keep=places,
+        ).logits
+
+    @torch.no_grad()
+    def steps(self, batch: int, length: int, num_steps: int, context: int = 0) -> Iterator[torch.LongTensor]:
+        """Yields the tokens after each forward, (batch, length); `num_steps` a block, after `context` cached tokens."""
+        device = self.model.device
+        cache = filled_cache(self.model, batch, length, context)
+        tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
+        for first in range(context, length, self.block_length):
+            block = tokens[:, first : first + self.block_length]
+            order = torch.rand(block.shape, device=device).argsort(dim=-1)
+            done = 0
+            for count in sample_unmasking_counts(block.shape[1], num_steps, 1.0):
+                places = order[:, done : done + count]
+                block.scatter_(1, places, draw(self.forward(block, first, cache, places)))
+                done += count
+                yield tokens
+            if first + self.block_length < length:
+                self.forward(block, first, cache, places=1)
+                yield tokens
+
+
+def filled_cache(model: EsoForMaskedDiffusion, batch: int, max_length: int, context: int) -> PreallocatedCache:
+    """A cache whose first `context` slots are in use, with random keys and values: to time what comes after them."""
+    config = model.config
+    cache = PreallocatedCache(config.num_hidden_layers, max_length)
+    if context > 0:
+        width = config.hidden_size // config.num_attention_heads
+        states = torch.randn(batch, config.num_attention_heads, context, width, device=model.device, dtype=model.dtype)
+        for layer in cache.layers:
+            layer.update(states, states)
+    return cache
