@@ -1,10 +1,11 @@
-"""The systems that the paper compares Eso-LMs with, on the layers of an Eso-LM: each is one model and one decoding loop.
+"""The systems that the paper compares Eso-LMs with, on the layers of an Eso-LM: a forward and a decoding loop each.
 
-They use the project's backbone through its public interface, with the masks that define each system, so that all run the
-same layers at the same sizes. Trained or not, they cost the same; `speed.py` measures that.
+All run the same layers at the same sizes, each with the attention that defines it. Trained or not, they cost the same;
+`speed.py` measures that.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -58,9 +59,9 @@ class MaskedDiffusionSampler:
     def forward(self, input_ids: torch.LongTensor, places: torch.LongTensor | int = 0) -> torch.Tensor:
         """Logits of a text (batch, length), at `places` (batch, count) or everywhere."""
         batch, length = input_ids.shape
-        everything = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
         positions = torch.arange(length, device=input_ids.device).expand(batch, length)
-        return self.model(input_ids, position_ids=positions, attention_mask=everything, logits_to_keep=places).logits
+        with bidirectional(self.model):
+            return self.model(input_ids, position_ids=positions, logits_to_keep=places).logits
 
     @torch.no_grad()
     def steps(self, batch: int, length: int, num_steps: int) -> Iterator[torch.LongTensor]:
@@ -77,7 +78,7 @@ class MaskedDiffusionSampler:
 
 
 class BlockDiffusionSampler:
-    """Bidirectional inside a block, causal over blocks, whose keys and values are cached when they are complete (BD3-LM).
+    """Bidirectional inside a block, causal over blocks; complete blocks are cached (BD3-LM).
 
     Each step is a pass over the block on top of the cache; a last pass over the clean block fills the cache.
     """
@@ -91,7 +92,8 @@ class BlockDiffusionSampler:
         """Logits of a block (batch, block length) that begins at position `first`, with `first` tokens cached."""
         batch, length = input_ids.shape
         cache.keep(first)
-        everything = torch.ones(1, 1, length, first + length, dtype=torch.bool, device=input_ids.device)
+        # Of the block's own slots; all cached ones are visible.
+        everything = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
         positions = torch.arange(first, first + length, device=input_ids.device).expand(batch, length)
         return self.model(
             input_ids,
@@ -103,7 +105,10 @@ class BlockDiffusionSampler:
 
     @torch.no_grad()
     def steps(self, batch: int, length: int, num_steps: int, context: int = 0) -> Iterator[torch.LongTensor]:
-        """Yields the tokens after each forward, (batch, length); `num_steps` a block, after `context` cached tokens."""
+        """Yields the tokens after each forward, (batch, length); `num_steps` for each block.
+
+        The first `context` tokens, whole blocks of them, are taken as cached already.
+        """
         device = self.model.device
         cache = filled_cache(self.model, batch, length, context)
         tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
@@ -119,6 +124,21 @@ class BlockDiffusionSampler:
             if first + self.block_length < length:
                 self.forward(block, first, cache, places=1)
                 yield tokens
+
+
+@contextmanager
+def bidirectional(model: EsoForMaskedDiffusion) -> Iterator[None]:
+    """Lets every slot see all others, without a mask that would have to be read (with sdpa)."""
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError(f"The baselines need sdpa attention, got {model.config._attn_implementation!r}.")
+    attentions = [layer.self_attn for layer in model.model.layers]
+    for attention in attentions:
+        attention.is_causal = False
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.is_causal = True
 
 
 def filled_cache(model: EsoForMaskedDiffusion, batch: int, max_length: int, context: int) -> PreallocatedCache:
