@@ -95,7 +95,7 @@ class DataCollatorForHybridMaskedDiffusion:
                 raise ValueError(f"`{name}` must be None or an integer >= {low}, got {value!r}.")
 
     def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        input_ids, is_real, labels = self._stack(examples)
+        input_ids, is_real, labels = self.stack(examples)
         generator = self._generator(input_ids)
         counts = labels != IGNORED_LABEL  # the valid tokens: they may be masked, and the loss is per one of them
 
@@ -119,7 +119,7 @@ class DataCollatorForHybridMaskedDiffusion:
             "sequential_rows": sequential_rows,
         }
 
-    def _stack(self, examples: list[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def stack(self, examples: list[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pads the examples to `input_ids`, `is_real` and `labels`, (batch, length) each, in text order."""
         rows = [self._row(example, index) for index, example in enumerate(examples)]
         lengths = {len(input_ids) for input_ids, _, _ in rows}

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from .configuration_eso import EsoConfig
 from .generation_order import sample_scoring_orders
 from .modeling_eso import EsoForMaskedDiffusion
+from .validation import is_integer, is_number
 
 AutoModelForCausalLM.register(EsoConfig, EsoForMaskedDiffusion, exist_ok=True)
 
@@ -25,7 +26,8 @@ class EsoHarnessLM(HFLM):
 
     Args:
         pretrained: Name, folder, or a model.
-        num_orders: Orders over which each likelihood is averaged.
+        num_orders: Orders over which each likelihood is averaged. Whether a continuation is the greedy one is that of
+            the first.
         alpha_0: Of likelihoods and samples; None: the model's. At 0, likelihoods are left to right, and exact.
         seed: Of the orders: the same for every request, whatever its batch.
         num_diffusion_steps, unmasking_order, entropy_bound, confidence_threshold: Of the samples; unset: the model's.
@@ -45,6 +47,10 @@ class EsoHarnessLM(HFLM):
         **kwargs,
     ):
         super().__init__(pretrained, backend=kwargs.pop("backend", "causal"), **kwargs)
+        if not is_integer(num_orders) or num_orders < 1:
+            raise ValueError(f"`num_orders` must be a positive integer, got {num_orders!r}.")
+        if alpha_0 is not None and not (is_number(alpha_0) and 0 <= alpha_0 <= 1):
+            raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
         self.num_orders, self.alpha_0, self.seed = num_orders, alpha_0, seed
         settings = {
             "alpha_0": alpha_0,
@@ -66,10 +72,10 @@ class EsoHarnessLM(HFLM):
         for start in tqdm(starts, disable=disable_tqdm or self.rank != 0, desc="Log-likelihoods"):
             batch = order[start : start + batch_size]
             rows = [(context, continuation) for _, context, continuation in (requests[index] for index in batch)]
-            # As the harness does: what is too long loses its beginning.
+            # As the harness does: what is too long loses its beginning, but for one token of context.
             rows = [
                 (
-                    context[max(0, len(context) + len(continuation) - self.max_length) :],
+                    context[max(0, len(context) + len(continuation) - self.max_length - 1) :],
                     continuation[-self.max_length :],
                 )
                 for context, continuation in rows
@@ -105,9 +111,10 @@ class EsoHarnessLM(HFLM):
     def _model_generate(self, context, max_length: int, stop: list[str], **kwargs) -> torch.LongTensor:
         """Continues contexts, (batch, tokens), padded on the left, until one of the strings in `stop`."""
         temperature = kwargs.pop("temperature", None)
-        kwargs.setdefault("do_sample", bool(temperature))
         if temperature:
-            kwargs["temperature"] = temperature
+            kwargs = {"do_sample": True, "temperature": temperature} | kwargs
+        elif temperature == 0 or "do_sample" not in kwargs:
+            kwargs["do_sample"] = False
         return self.model.generate(
             context,
             max_length=max_length,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
+from .data_collator import IGNORED_LABEL, DataCollatorForHybridMaskedDiffusion
 from .validation import is_integer
 
 
@@ -16,11 +17,13 @@ class HeldOutEvaluationCallback(TrainerCallback):
     Nothing of it depends on the state of the training's random numbers, or changes it: two checkpoints are compared on
     the same texts, with the same noise. Logged are `held_out_nelbo` (nats per token), its standard error over the
     texts, `held_out_perplexity` (exp of the NELBO, an upper bound) and, with a tokenizer, `samples` in
-    `trainer.state.log_history`.
+    `trainer.state.log_history`. (They come after the trainer's own metrics, so `metric_for_best_model` cannot name
+    them.)
 
     Args:
         trainer: The trainer; add the callback to it by `trainer.add_callback`.
-        dataset: Examples with `input_ids` and, for completions, `labels` with -100 at the prompt.
+        dataset: Examples as for the collator: `input_ids`, and `attention_mask` and `labels` (-100 at the prompt) if
+            there are any.
         every: Optimiser steps between evaluations; the last step is always evaluated. None: when the trainer
             evaluates, and at the end.
         num_draws: Draws of the noise for each text.
@@ -29,7 +32,7 @@ class HeldOutEvaluationCallback(TrainerCallback):
         seed: Of the noise.
 
     Raises:
-        ValueError: for an empty dataset, or numbers out of range.
+        ValueError: for a dataset without tokens to score, or numbers out of range.
     """
 
     def __init__(
@@ -51,14 +54,12 @@ class HeldOutEvaluationCallback(TrainerCallback):
         self.trainer, self.every, self.num_draws, self.seed = trainer, every, num_draws, seed
         self.tokenizer, self.num_samples = tokenizer, num_samples
         self.generation_settings = {"max_new_tokens": 64} | dict(generation_settings or {})
-        rows = [example["input_ids"] for example in dataset]
-        width = max(len(row) for row in rows)
-        self.input_ids, self.is_real, self.is_given = (torch.zeros(len(rows), width, dtype=torch.long) for _ in "...")
-        for index, (example, row) in enumerate(zip(dataset, rows, strict=True)):
-            self.input_ids[index, : len(row)] = torch.as_tensor(row)
-            self.is_real[index, : len(row)] = 1
-            if example.get("labels") is not None:
-                self.is_given[index, : len(row)] = (torch.as_tensor(example["labels"]) == -100).long()
+        collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=-1, pad_token_id=0)
+        self.input_ids, is_real, labels = collator.stack(list(dataset))
+        self.is_real, self.is_given = is_real, labels == IGNORED_LABEL
+        self.tokens = (self.is_real & ~self.is_given).sum(dim=-1)
+        if not self.tokens.any():
+            raise ValueError("`dataset` must hold at least one token that is not part of a prompt.")
         self.evaluated_step = None
 
     def evaluate(self, model) -> dict[str, float]:
@@ -73,13 +74,13 @@ class HeldOutEvaluationCallback(TrainerCallback):
             num_draws=self.num_draws,
             generator=generator,
         )
-        tokens = (self.is_real * (1 - self.is_given)).sum()
         nelbo = output.nelbo.double().cpu()
-        per_token = float(nelbo.sum() / tokens)
-        deviations = nelbo - per_token * (self.is_real * (1 - self.is_given)).sum(dim=-1)
+        per_token = float(nelbo.sum() / self.tokens.sum())
+        deviations, count = nelbo - per_token * self.tokens, len(nelbo)
+        error = float(deviations.square().sum().sqrt() / self.tokens.sum()) if count > 1 else math.nan
         return {
             "held_out_nelbo": per_token,
-            "held_out_nelbo_standard_error": float(deviations.square().sum().sqrt() / tokens),
+            "held_out_nelbo_standard_error": error * math.sqrt(count / max(count - 1, 1)),
             "held_out_perplexity": math.exp(min(per_token, 700)),
         }
 
@@ -97,8 +98,6 @@ class HeldOutEvaluationCallback(TrainerCallback):
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
     def _report(self, state, model) -> None:
-        if self.evaluated_step == state.global_step:
-            return
         self.evaluated_step = state.global_step
         self.trainer.log(self.evaluate(model))
         if self.tokenizer is not None:
@@ -113,7 +112,8 @@ class HeldOutEvaluationCallback(TrainerCallback):
             self._report(state, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
-        self._report(state, model)
+        if self.evaluated_step != state.global_step:
+            self._report(state, model)
 
 
 __all__ = ["HeldOutEvaluationCallback"]

@@ -87,7 +87,7 @@ class EsoLikelihoodMixin:
             context_mask: (batch, length), 1 for tokens that are given and not scored; they come first in the order,
                 from left to right. None: no context.
             num_orders: K, orders drawn for each row; "all": every order, weighted by its probability, which gives
-                log p(x) itself (up to 8 tokens to score, equally many in every row).
+                log p(x) itself (up to 8 tokens to score; a row with fewer of them repeats an order, with weight 0).
             orders: (K, length) or (batch, K, length), permutations of the columns to use in place of drawn ones.
                 Given tokens are moved to the front of them, and padding to the end.
             alpha_0: In [0, 1]; None: the model config's. At 0 there is one order, and it is used once.
@@ -119,7 +119,7 @@ class EsoLikelihoodMixin:
             orders, log_weights = _all_orders(is_real, is_free, alpha_0)
         elif is_integer(num_orders) and num_orders >= 1:
             drawn = 1 if alpha_0 == 0 else num_orders
-            orders = sample_scoring_orders(is_real, is_given, drawn, alpha_0, on_cpu(generator))
+            orders = sample_scoring_orders(is_real, is_given, drawn, alpha_0, _checked(generator))
         else:
             raise ValueError(f"`num_orders` must be a positive integer or 'all', got {num_orders!r}.")
 
@@ -145,7 +145,7 @@ class EsoLikelihoodMixin:
         log_weights = (
             torch.full((pairs,), -math.log(pairs), dtype=torch.float64) if log_weights is None else log_weights
         )
-        log_likelihood = torch.logsumexp(per_order + log_weights, dim=-1)
+        log_likelihood = torch.logsumexp(per_order + log_weights, dim=-1)  # weights (K,) or (batch, K)
         if alpha_0 == 0 and is_integer(num_orders):
             per_order, token_log_probs, is_greedy, orders = (
                 tensor.repeat_interleave(num_orders, dim=1) if tensor.shape[1] == 1 else tensor
@@ -177,6 +177,11 @@ class EsoLikelihoodMixin:
 
         Every draw takes a time t and a masked text for each term. The times are stratified over all rows and draws.
 
+        It bounds -log p(x) from above for the process that it describes, in which the masks of a forward see those
+        before them (arXiv 2506.01928, section 3). `log_likelihood` is that of one token a forward, whose mask is
+        alone: on trained models the two agree closely, on arbitrary weights either may be the larger one. (At
+        alpha_0 = 0 they are the same.)
+
         Args:
             input_ids, attention_mask, context_mask, alpha_0, generator, batch_size, memory_budget: As for
                 `log_likelihood`.
@@ -192,7 +197,7 @@ class EsoLikelihoodMixin:
         alpha_0 = self._check_alpha_0(alpha_0)
         if not is_integer(num_draws) or num_draws < 1:
             raise ValueError(f"`num_draws` must be a positive integer, got {num_draws!r}.")
-        generator = on_cpu(generator)
+        generator = _checked(generator)
         batch, length = input_ids.shape
         # Neighbouring times go to different rows: those of a row cover [0, 1] evenly, too.
         times = sample_times(batch * num_draws, generator).view(num_draws, batch).T.flatten()
@@ -278,6 +283,8 @@ class EsoLikelihoodMixin:
         """
         if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
             raise ValueError(f"`batch_size` must be None or a positive integer, got {batch_size!r}.")
+        if not is_number(memory_budget) or not memory_budget > 0:
+            raise ValueError(f"`memory_budget` must be a positive number of bytes, got {memory_budget!r}.")
         config, device = self.config, self.device
         values, is_greedy = torch.zeros(input_ids.shape), torch.ones(input_ids.shape, dtype=torch.bool)
         if batch_size is None:
@@ -285,8 +292,8 @@ class EsoLikelihoodMixin:
             scores = config.num_attention_heads if config._attn_implementation == "eager" else 1
             # Hidden states of a layer with its MLP and residuals in float32, and a mask or attention scores.
             bytes_per_pair = 4 * slots * (12 * config.hidden_size + scores * slots)
-            batch_size = max(1, memory_budget // max(bytes_per_pair, 1))
-        was_training = self.training
+            batch_size = max(1, int(memory_budget // max(bytes_per_pair, 1)))
+        training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             starts = range(0, len(input_ids), batch_size)
@@ -315,13 +322,17 @@ class EsoLikelihoodMixin:
                 values[rows, slots] = torch.cat(log_probs).cpu()
                 is_greedy[rows, slots] = torch.cat(hits).cpu()
         finally:
-            self.train(was_training)
+            for module in training:
+                module.training = True
         return values, is_greedy
 
 
 def _check_orders(orders: torch.LongTensor, batch: int, length: int) -> torch.LongTensor:
     """(batch, K, length), on the CPU."""
-    orders = orders.cpu()
+    if not isinstance(orders, torch.Tensor) or orders.is_floating_point():
+        given = orders.dtype if isinstance(orders, torch.Tensor) else type(orders).__name__
+        raise ValueError(f"`orders` must be a tensor of integers, got {given}.")
+    orders = orders.cpu().long()
     if orders.dim() == 2:
         orders = orders.expand(batch, *orders.shape)
     if orders.dim() != 3 or orders.shape[0] != batch or orders.shape[2] != length or orders.shape[1] == 0:
@@ -336,25 +347,38 @@ def _check_orders(orders: torch.LongTensor, batch: int, length: int) -> torch.Lo
 def _all_orders(
     is_real: torch.BoolTensor, is_free: torch.BoolTensor, alpha_0: float
 ) -> tuple[torch.LongTensor, torch.Tensor]:
-    """Every order that can be drawn, (batch, K, length), and the logarithms of their probabilities, (K,)."""
-    counts = is_free.sum(dim=-1).unique().tolist()
-    if len(counts) > 1 or counts[0] > MAX_ENUMERATED_TOKENS:
+    """Every order that can be drawn, (batch, K, length), and the logarithms of their probabilities, (batch, K)."""
+    counts = is_free.sum(dim=-1).tolist()
+    if alpha_0 > 0 and max(counts) > MAX_ENUMERATED_TOKENS:
         raise ValueError(
-            f"`num_orders='all'` takes at most {MAX_ENUMERATED_TOKENS} tokens to score, equally many in every row, "
-            f"got {counts}."
+            f"`num_orders='all'` takes at most {MAX_ENUMERATED_TOKENS} tokens to score, got up to {max(counts)}."
         )
-    possible = [(order, order_probability(order, alpha_0)) for order in permutations(range(counts[0]))]
-    possible = [(order, probability) for order, probability in possible if probability > 0]
-    permutation = torch.tensor([order for order, _ in possible], dtype=torch.long).view(len(possible), counts[0])
+    possible = {}
+    for count in set(counts):
+        candidates = permutations(range(count)) if alpha_0 > 0 else [tuple(range(count))]
+        weighted = [(order, order_probability(list(order), alpha_0)) for order in candidates]
+        possible[count] = [(order, probability) for order, probability in weighted if probability > 0]
+    num_orders = max(len(weighted) for weighted in possible.values())
     columns = torch.arange(is_real.shape[1], dtype=torch.float64).expand(is_real.shape)
     group = torch.where(is_free, 1, torch.where(is_real, 0, 2))
-    first = order_of_slots(group, columns)  # given, free, padding
-    num_given = (is_real & ~is_free).sum(dim=-1, keepdim=True)
-    orders = first[:, None].repeat(1, len(possible), 1)
-    for row, start in enumerate(num_given[:, 0].tolist()):
-        free = first[row, start : start + counts[0]]
-        orders[row, :, start : start + counts[0]] = free[permutation]
-    return orders, torch.tensor([probability for _, probability in possible], dtype=torch.float64).log()
+    orders = order_of_slots(group, columns)[:, None].repeat(1, num_orders, 1)  # given, free, padding
+    log_weights = torch.full((len(counts), num_orders), -torch.inf, dtype=torch.float64)
+    num_given = (is_real & ~is_free).sum(dim=-1).tolist()
+    for row, (count, start) in enumerate(zip(counts, num_given, strict=True)):
+        permutation = torch.tensor([order for order, _ in possible[count]], dtype=torch.long).view(
+            len(possible[count]), count
+        )
+        free = orders[row, 0, start : start + count].clone()
+        orders[row, : len(permutation), start : start + count] = free[permutation]
+        probabilities = [probability for _, probability in possible[count]]
+        log_weights[row, : len(permutation)] = torch.tensor(probabilities, dtype=torch.float64).log()
+    return orders, log_weights
+
+
+def _checked(generator: torch.Generator | None) -> torch.Generator | None:
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"`generator` must be None or a torch.Generator, got {type(generator).__name__}.")
+    return on_cpu(generator)
 
 
 __all__ = ["EsoLikelihoodMixin", "EsoLikelihoodOutput", "EsoNelboOutput"]

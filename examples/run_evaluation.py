@@ -11,6 +11,7 @@ python examples/run_evaluation.py --model my-eso-lm --data held_out.jsonl --num_
 import json
 import math
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import evaluate
@@ -21,7 +22,14 @@ import matplotlib.pyplot as plt
 import torch
 import transformers
 from text_data import load_texts, pack
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+)
 
 from eso_lm import EsoForMaskedDiffusion
 
@@ -63,6 +71,13 @@ class Arguments:
     def __post_init__(self):
         if self.data is None and self.num_samples == 0:
             raise ValueError("There is nothing to do: give `--data`, `--num_samples`, or both.")
+        if self.num_samples < 0:
+            raise ValueError(f"`--num_samples` must not be negative, got {self.num_samples}.")
+        if self.judge is not None and self.num_samples == 0:
+            raise ValueError("`--judge` judges samples: give `--num_samples` too.")
+        for name in ("length", "sample_length"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("max_sequences", "num_orders", "num_nelbo_draws", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
@@ -70,27 +85,35 @@ class Arguments:
             raise ValueError(
                 "`--mauve` compares samples with data by a judge: give `--data`, `--judge`, `--num_samples`."
             )
+        if self.mauve and find_spec("mauve") is None:
+            raise ValueError("`--mauve` needs the package `mauve-text`: install it, or leave `--mauve` out.")
 
 
 def sequences(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int, args: Arguments
 ) -> tuple[torch.LongTensor, torch.LongTensor, int]:
-    """Ids and attention mask, (sequences, length) each, and the number of bytes of the text that is scored."""
+    """Ids and attention mask, (sequences, length) each, and the number of bytes of the text that is scored.
+
+    Blocks may cut a character, so bytes are counted as tokens times the bytes a token of the documents; ends of text
+    between documents have none.
+    """
     if args.per_document:
         rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
         rows = [row for row in rows if row]
     else:
-        rows = pack(texts, tokenizer, length)["input_ids"]
+        blocks = pack(texts, tokenizer, length)
+        rows = blocks["input_ids"] if len(blocks) > 0 else []
     rows = list(rows)[: args.max_sequences]
     if not rows:
-        raise ValueError(
-            f"`--data {args.data}` is too short for a block of {length} tokens: try `--per_document true`."
-        )
+        raise ValueError(f"`--data {args.data}` does not fill a block of {length} tokens: try `--per_document`.")
     width = max(len(row) for row in rows)
     input_ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows])
     attention_mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    num_bytes = sum(len(text.encode()) for text in tokenizer.batch_decode(rows, skip_special_tokens=True))
-    return input_ids, attention_mask, num_bytes
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    bytes_per_token = sum(len(text.encode()) for text in texts) / max(sum(len(ids) for ids in encoded), 1)
+    special = set(tokenizer.all_special_ids)
+    num_tokens = sum(token not in special for row in rows for token in row)
+    return input_ids, attention_mask, round(bytes_per_token * num_tokens)
 
 
 def per_token(nats: torch.Tensor, tokens: torch.Tensor, num_bytes: int) -> dict[str, float]:
@@ -172,10 +195,8 @@ def sample_quality(samples: torch.LongTensor, texts: list[str], references: list
 @torch.no_grad()
 def mauve_score(texts: list[str], references: list[str], args: Arguments) -> float:
     """MAUVE (Pillutla et al., 2021) between the samples and the data, on the judge's last hidden states."""
-    try:
-        import mauve
-    except ImportError as error:
-        raise ValueError("`--mauve` needs the package `mauve-text`: install it, or leave `--mauve` out.") from error
+    import mauve
+
     tokenizer = AutoTokenizer.from_pretrained(args.judge)
     judge = AutoModelForCausalLM.from_pretrained(args.judge).eval()
 
@@ -211,7 +232,27 @@ def plot_bound(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def without_nan(value):
+    """JSON has no NaN: it becomes null."""
+    if isinstance(value, dict):
+        return {name: without_nan(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write(results: dict, output: Path) -> None:
+    """Writes what there is so far."""
+    output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(without_nan(results), indent=1, ensure_ascii=False, allow_nan=False)
+    (output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
+    if "likelihood" in results:
+        plot_bound(results["likelihood"], output / "bound.png")
+
+
 def main(args: Arguments) -> dict:
+    if args.judge is not None:
+        AutoConfig.from_pretrained(args.judge)  # a wrong name should fail now, not at the end
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModel.from_pretrained(args.model).eval()
     if torch.accelerator.is_available():
@@ -225,16 +266,15 @@ def main(args: Arguments) -> dict:
         input_ids, attention_mask, num_bytes = sequences(texts, tokenizer, length, args)
         references = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
         results["likelihood"] = likelihoods(model, input_ids, attention_mask, num_bytes, args)
+        write(results, args.output)
     if args.num_samples > 0:
         samples, forwards = generate(model, args.sample_length or length, args)
         texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
         results["samples"] = {"forwards": forwards, **sample_quality(samples, texts, references, args)}
         results["texts"] = texts[:8]
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "evaluation.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    write(results, args.output)
     if args.data is not None:
-        plot_bound(results["likelihood"], args.output / "bound.png")
         nelbo, bounds = results["likelihood"]["nelbo"], results["likelihood"]["bound_by_num_orders"]
         print(f"{'':>14}  nats/token  +- s.e.  perplexity  bits/byte")
         for name, row in [("NELBO", nelbo), *((f"{count} orders", bound) for count, bound in bounds.items())]:

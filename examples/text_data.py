@@ -50,8 +50,10 @@ def load_texts(name: str, config: str | None = None, split: str = "train", colum
     path = Path(name)
     if path.is_dir():
         return text_file_documents(path)
+    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+    if path.suffix in kinds and not path.is_file():
+        raise ValueError(f"There is no file {name}.")
     if path.is_file():
-        kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
         if path.suffix not in kinds:
             raise ValueError(f"A file of texts must end in one of {list(kinds)}, got {name}.")
         options = {"sample_by": "document"} if path.suffix == ".txt" else {}
@@ -60,7 +62,10 @@ def load_texts(name: str, config: str | None = None, split: str = "train", colum
         data = load_dataset(name, config, split=split)
     if column not in data.column_names:
         raise ValueError(f"The texts must be in a column of {name}: {data.column_names}, got {column!r}.")
-    texts = [text for text in data[column] if text and text.strip()]
+    texts = [text for text in data[column] if text is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"The column {column!r} of {name} must hold texts, found {type(texts[0]).__name__}.")
+    texts = [text for text in texts if text.strip()]
     if not texts:
         raise ValueError(f"The column {column!r} of {name} must hold texts, found none.")
     return texts

@@ -140,6 +140,41 @@ def test_likelihoods_of_continuations_are_those_of_brute_force(folder):
     assert alone[0][0] == pytest.approx(results[-1][0], abs=1e-4)
 
 
+def test_full_windows_keep_a_token_of_context(folder):
+    """Rolling windows of max_length tokens, each given the token before it."""
+    lm = EsoHarnessLM(str(folder), device="cpu", alpha_0=0.0, max_length=4)
+    text = "The quick brown fox jumps over the lazy dog."
+    ids = [lm.prefix_token_id, *lm.tok_encode(text)]
+    assert len(ids) > 8
+    expected = 0.0
+    for start in range(1, len(ids), 4):
+        # The harness fills up the last window with what came before it, and counts its own tokens only.
+        stop = min(start + 4, len(ids))
+        first = max(0, stop - 5) if stop == len(ids) else start - 1
+        window = torch.tensor([ids[first:stop]])
+        context = torch.zeros_like(window)
+        context[:, : start - first] = 1
+        expected += lm.model.log_likelihood(window, context_mask=context, alpha_0=0.0).log_likelihood.item()
+    result = lm.loglikelihood_rolling([Instance("loglikelihood_rolling", {}, (text,), 0)], disable_tqdm=True)
+    assert result[0] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_temperature_of_zero_is_greedy(folder):
+    lm = EsoHarnessLM(str(folder), device="cpu", alpha_0=0.0)
+    settings = {"until": ["~"], "max_gen_toks": 12, "do_sample": True, "temperature": 0.0}
+    texts = set()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        texts.add(lm.generate_until([Instance("generate_until", {}, ("The", settings), 0)], disable_tqdm=True)[0])
+    assert len(texts) == 1
+
+
+@pytest.mark.parametrize("arguments", [{"alpha_0": 2}, {"num_orders": 0}, {"num_orders": "all"}])
+def test_model_arguments_are_checked(folder, arguments):
+    with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be"):
+        EsoHarnessLM(str(folder), device="cpu", **arguments)
+
+
 def test_text_is_generated_until_a_stop(folder):
     lm = EsoHarnessLM(str(folder), device="cpu", batch_size=2, alpha_0=1.0)
     settings = {"until": ["o"], "max_gen_toks": 12, "do_sample": False}

@@ -71,9 +71,29 @@ def test_it_follows_the_evaluations_of_the_trainer(tmp_path):
     assert steps == [3, 4]
 
 
+def test_padding_of_the_examples_is_not_scored(tmp_path):
+    trainer = train(tmp_path, callback=False)
+    plain = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7]}]
+    padded = [
+        {"input_ids": [*row["input_ids"], 0, 0], "attention_mask": [1] * len(row["input_ids"]) + [0, 0]}
+        for row in plain
+    ]
+    reports = [
+        HeldOutEvaluationCallback(trainer, rows, num_draws=2000).evaluate(trainer.model) for rows in (plain, padded)
+    ]
+    assert reports[0]["held_out_nelbo"] == pytest.approx(reports[1]["held_out_nelbo"], abs=0.5)
+    assert math.isnan(
+        HeldOutEvaluationCallback(trainer, plain[:1]).evaluate(trainer.model)["held_out_nelbo_standard_error"]
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"dataset": []}, "at least one text"), ({"every": 0}, "`every` must be a positive integer, got 0")],
+    [
+        ({"dataset": []}, "at least one t"),
+        ({"dataset": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, "not part of a prompt"),
+        ({"every": 0}, "`every` must be a positive integer, got 0"),
+    ],
 )
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

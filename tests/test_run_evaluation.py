@@ -77,6 +77,30 @@ def test_evaluation_reports_what_the_model_says(folder, data, tmp_path, per_docu
     assert -exact == pytest.approx(bounds[-1], abs=0.2)
 
 
+def test_results_are_valid_json_and_written_as_they_come(folder, data, tmp_path, monkeypatch):
+    one = {"model": str(folder / "eso"), "data": str(data / "texts.txt"), "output": tmp_path, "num_orders": 2}
+    arguments = Arguments(**one, per_document=True, length=12, num_samples=1, sample_length=4)
+    monkeypatch.setattr(run_evaluation, "sample_quality", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(arguments)
+    stored = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert stored["likelihood"]["nelbo"]["standard_error"] is None, "one sequence has no spread"
+    with pytest.raises(ValueError, match="does not fill a block of 5000 tokens"):
+        main(Arguments(**one, length=5000))
+    with pytest.raises(OSError, match="typo"):
+        main(Arguments(**one, num_samples=1, judge=str(folder / "typo")))
+    with pytest.raises(ValueError, match="There is no file"):
+        load_texts(str(data / "typo.jsonl"))
+
+
+def test_bytes_are_those_of_the_text(folder):
+    tokenizer = run_evaluation.AutoTokenizer.from_pretrained(folder / "eso")
+    texts = ["日本語の文章です。🙂" * 30]
+    arguments = Arguments(model="m", data="d", max_sequences=1000)
+    ids, _, num_bytes = run_evaluation.sequences(texts, tokenizer, 16, arguments)
+    assert num_bytes == pytest.approx(ids.numel(), abs=2), "this tokenizer has a token a byte here"
+
+
 def test_samples_are_judged(folder, tmp_path):
     results = main(
         Arguments(
@@ -116,6 +140,9 @@ def test_standard_errors_cover_the_truth():
         ({}, "There is nothing to do"),
         ({"data": "a", "num_orders": 0}, "`--num_orders` must be at least 1, got 0"),
         ({"data": "a", "mauve": True}, "`--mauve` compares samples with data"),
+        ({"num_samples": -1}, "must not be negative, got -1"),
+        ({"data": "a", "judge": "j"}, "`--judge` judges samples"),
+        ({"data": "a", "length": 0}, "`--length` must be at least 1, got 0"),
     ],
 )
 def test_arguments_are_checked(arguments, message):

@@ -41,6 +41,8 @@ class DistinctN(evaluate.Metric):
     def _compute(self, predictions: list, max_n: int = 3) -> dict[str, float]:
         if max_n < 1:
             raise ValueError(f"`max_n` must be at least 1, got {max_n}.")
+        if len(predictions) == 0:
+            raise ValueError("`predictions` must hold at least one text.")
         texts = [text.split() if isinstance(text, str) else list(text) for text in predictions]
         scores = {}
         for n in range(1, max_n + 1):

@@ -45,6 +45,10 @@ class GenerativePerplexity(evaluate.Metric):
         max_length: int | None = None,
         device: str | None = None,
     ) -> dict[str, float | list[float]]:
+        if len(predictions) == 0:
+            raise ValueError("`predictions` must hold at least one text.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
         if device is None:
             device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
         model = AutoModelForCausalLM.from_pretrained(model_id).to(device).eval()

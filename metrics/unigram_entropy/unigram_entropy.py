@@ -40,6 +40,8 @@ class UnigramEntropy(evaluate.Metric):
         )
 
     def _compute(self, predictions: list) -> dict[str, float]:
+        if len(predictions) == 0:
+            raise ValueError("`predictions` must hold at least one text.")
         texts = [text.split() if isinstance(text, str) else list(text) for text in predictions]
         return {
             "unigram_entropy": sum(entropy(text) for text in texts) / len(texts),

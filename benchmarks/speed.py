@@ -1,0 +1,361 @@
+"""Speed side by side, in the same run: Eso-LM, AR, masked and block diffusion on the same layers, and a Llama.
+
+make bench                                                          # the paper's small model on the CPU
+python benchmarks/speed.py --device cuda --dtype bfloat16
+python benchmarks/speed.py --hidden-size 64 --num-layers 2 --num-heads 2 --vocab-size 512 --lengths 64 128   # seconds
+
+Runs are interleaved and medians reported, with the spread between the quartiles. Where a whole generation would take
+hours, steps of the same cost are timed at several contexts and added up; the tables say so.
+"""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median, quantiles
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import transformers
+from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, draw, filled_cache
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
+from eso_lm.cache import PreallocatedCache
+
+
+def synchronize(device: str) -> None:
+    """Waits for the accelerator, so that a clock can be read."""
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def interleaved(functions: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, dict[str, float]]:
+    """Runs all functions in turn, `repeats` times after a warm-up: milliseconds, median and quartiles of each."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 1):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if repeat > 0:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    """Median and quartiles."""
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": median(values), "low": low, "high": high}
+
+
+class Intervals:
+    """Times between the forwards of a model, whatever calls it: all the cost of a decoding step."""
+
+    def __init__(self, model: torch.nn.Module, device: str):
+        self.device, self.moments = device, []
+        self.hook = model.register_forward_pre_hook(lambda *_: self.mark())
+
+    def mark(self) -> None:
+        synchronize(self.device)
+        self.moments.append(time.perf_counter())
+
+    def close(self) -> list[float]:
+        """Milliseconds between forwards, but for the first, which holds the prompt."""
+        self.hook.remove()
+        self.mark()
+        return [1e3 * (b - a) for a, b in zip(self.moments[1:], self.moments[2:], strict=False)]
+
+
+def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
+    """`generate` itself, after prompts of several lengths: milliseconds a token, against Llama's own."""
+    rows = []
+    for context in args.contexts:
+        prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
+        systems = {"Llama": (llama, {"do_sample": True, "top_k": 0, "eos_token_id": None}, 1)}
+        for tokens in args.tokens:
+            settings = {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": args.new_tokens // tokens}
+            systems[f"Eso-LM, {tokens} a step"] = (model, settings | {"eos_token_id": None}, tokens)
+        times = {name: [] for name in systems}
+        for repeat in range(args.repeats + 1):
+            for name, (system, settings, tokens) in systems.items():
+                clock = Intervals(system, args.device)
+                system.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.new_tokens, **settings
+                )
+                intervals = clock.close()
+                if repeat > 0:
+                    times[name] += [interval / tokens for interval in intervals]
+        yardstick = median(times["Llama"])
+        for name, values in times.items():
+            rows.append({"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick})
+    return rows
+
+
+def eso_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int) -> None:
+    """A decoding step of one token on top of `context` cached ones: the last token and a mask."""
+    cache.keep(context)
+    ids = torch.full((1, 2), model.config.mask_token_id, device=model.device)
+    positions = torch.arange(context, context + 2, device=model.device)[None]
+    draw(model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits)
+
+
+def autoregressive_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int) -> None:
+    """The same of the AR sampler: the last token."""
+    cache.keep(context)
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    draw(AutoregressiveSampler(model).forward(ids, context, cache))
+
+
+def block_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, block_length: int) -> None:
+    """A pass over a block, of which one token is drawn."""
+    ids = torch.full((1, block_length), model.config.mask_token_id, device=model.device)
+    draw(BlockDiffusionSampler(model, block_length).forward(ids, context, cache, places=1))
+
+
+def full_step(model: EsoForMaskedDiffusion, length: int) -> None:
+    """A pass over the whole text, of which one token is drawn."""
+    text = torch.full((1, length), model.config.mask_token_id, device=model.device)
+    draw(MaskedDiffusionSampler(model).forward(text, torch.zeros(1, 1, dtype=torch.long, device=model.device)))
+
+
+@torch.no_grad()
+def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
+    """Time to generate L tokens with L forwards, from steps sampled at several contexts."""
+    rows = []
+    for length in tqdm(args.lengths, desc="Lengths"):
+        steps = {}
+        for eighth in (1, 3, 5, 7):
+            context = length * eighth // 8
+            cache = filled_cache(model, 1, length + max(args.blocks, default=0) + 2, context)
+            functions = {
+                "Eso-LM": partial(eso_step, model, cache, context),
+                "AR": partial(autoregressive_step, model, cache, context),
+            }
+            for block in args.blocks:
+                functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, block)
+            with model.modulations_folded():
+                for name, times in interleaved(functions, args.repeats, args.device).items():
+                    steps.setdefault(name, []).append(times["median"])
+        for block in args.blocks:
+            # A token a pass, and one more pass to cache each block.
+            steps[f"block diffusion, {block}"] = [
+                (block + 1) / block * step for step in steps[f"block diffusion, {block}"]
+            ]
+        with model.modulations_folded():
+            repeats = args.repeats if length <= 2048 else 1
+            times = interleaved({"": partial(full_step, model, length)}, repeats, args.device)
+            steps["masked diffusion"] = [times[""]["median"]]
+        seconds = {name: sum(values) / len(values) * length / 1e3 for name, values in steps.items()}
+        for name, total in seconds.items():
+            rows.append({"system": name, "length": length, "seconds": total, "ratio": total / seconds["Eso-LM"]})
+    return rows
+
+
+@torch.no_grad()
+def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> dict:
+    """A decoding step of one token at a short context, against reading its weights once."""
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    constants = {id(module.weight) for module in model.modules() if hasattr(module, "folded")}
+    weights = [weight for weight in weights if id(weight) not in constants]
+    cache = filled_cache(model, 1, 130, 128)
+
+    def read():
+        for weight in weights:
+            weight.sum()
+
+    with model.modulations_folded():
+        times = interleaved(
+            {"step": partial(eso_step, model, cache, 128), "read": read}, 2 * args.repeats, args.device
+        )
+    gigabytes = sum(weight.numel() * weight.element_size() for weight in weights) / 1e9
+    return {
+        "step_ms": times["step"],
+        "read_ms": times["read"],
+        "bandwidth_gb_s": gigabytes / times["read"]["median"] * 1e3,
+        "ratio": times["step"]["median"] / times["read"]["median"],
+    }
+
+
+def measure_training(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> dict:
+    """Forward and backward of the hybrid objective at alpha_0 = 0.25, against those of an AR loss on the same rows."""
+    torch.manual_seed(0)
+    collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=model.config.mask_token_id, alpha_0=0.25)
+    text = torch.randint(0, args.vocab_size - 1, (args.train_rows, args.train_length))
+    hybrid = {name: value.to(args.device) for name, value in collator([{"input_ids": row} for row in text]).items()}
+    text = text.to(args.device)
+    autoregressive = {
+        "input_ids": text,
+        "position_ids": torch.arange(args.train_length, device=args.device).expand_as(text),
+        "labels": text,
+        "loss_weights": torch.ones(text.shape, device=args.device),
+    }
+
+    def run(batch):
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
+
+    model.train()
+    try:
+        times = interleaved(
+            {"hybrid": lambda: run(hybrid), "AR": lambda: run(autoregressive)}, args.train_repeats, args.device
+        )
+    finally:
+        model.zero_grad(set_to_none=True)
+        model.eval()
+    tokens = text.numel()
+    return {
+        "rows": args.train_rows,
+        "length": args.train_length,
+        "hybrid_ms": times["hybrid"],
+        "ar_ms": times["AR"],
+        "hybrid_tokens_per_second": 1e3 * tokens / times["hybrid"]["median"],
+        "ratio": times["hybrid"]["median"] / times["AR"]["median"],
+    }
+
+
+def measure_cache(model: EsoForMaskedDiffusion, length: int = 1024) -> dict:
+    """Bytes of the cache that `generate` makes, against 2 x layers x batch x length x width x bytes."""
+    cache = filled_cache(model, 2, length, 1)
+    used = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    config = model.config
+    expected = 2 * config.num_hidden_layers * 2 * length * config.hidden_size * model.dtype.itemsize
+    return {"bytes": used, "expected": expected, "ratio": used / expected}
+
+
+def hardware(device: str) -> str:
+    """The name of what was measured."""
+    if device != "cpu":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+
+
+def report(results: dict) -> str:
+    """The results as Markdown."""
+    settings = results["settings"]
+    lines = [
+        f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['dtype']}, batch 1; "
+        f"torch {settings['torch']}, transformers {settings['transformers']}. `benchmarks/speed.py`",
+        "",
+        "| `generate`, time a token | context | ms (quartiles) | against Llama's `generate` |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in results["generate"]:
+        lines.append(
+            f"| {row['system']} | {row['context']} | {row['median']:.1f} ({row['low']:.1f} to {row['high']:.1f}) | "
+            f"{row['ratio']:.2f} |"
+        )
+    systems = list(dict.fromkeys(row["system"] for row in results["lengths"]))
+    lengths = list(dict.fromkeys(row["length"] for row in results["lengths"]))
+    lines += [
+        "",
+        "Seconds for L tokens at NFE = L, from sampled steps (in brackets: against the Eso-LM):",
+        "",
+        "| | " + " | ".join(f"L = {length}" for length in lengths) + " |",
+        "| --- " * (len(lengths) + 1) + "|",
+    ]
+    for system in systems:
+        cells = [row for row in results["lengths"] if row["system"] == system]
+        lines.append(
+            f"| {system} | " + " | ".join(f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells) + " |"
+        )
+    bound, training = results["memory_bound"], results["training"]
+    lines += [
+        "",
+        f"- A step of one token takes {bound['step_ms']['median']:.1f} ms, reading its weights once "
+        f"{bound['read_ms']['median']:.1f} ms ({bound['bandwidth_gb_s']:.1f} GB/s): {bound['ratio']:.2f} times.",
+        f"- A training step of the hybrid objective (alpha_0 = 0.25, {training['rows']} rows of "
+        f"{training['length']} tokens) takes {training['ratio']:.2f} times an AR step, "
+        f"{training['hybrid_tokens_per_second']:.0f} tokens a second.",
+        f"- The cache takes {results['cache']['ratio']:.3f} times 2 x layers x batch x length x width x bytes.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Generation time against length."""
+    figure, axes = plt.subplots(figsize=(5.5, 4))
+    for system in dict.fromkeys(row["system"] for row in rows):
+        points = [row for row in rows if row["system"] == system]
+        axes.loglog([row["length"] for row in points], [row["seconds"] for row in points], marker="o", label=system)
+    axes.set_xlabel("tokens L (NFE = L)")
+    axes.set_ylabel("seconds")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    dtype = getattr(torch, args.dtype)
+    config = EsoConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+    )
+    model = EsoForMaskedDiffusion(config).to(args.device, dtype).eval()
+    # Its gated MLP has three matrices: two thirds of the width give it the same size.
+    llama_config = LlamaConfig(
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        intermediate_size=args.hidden_size * 8 // 3,
+        num_hidden_layers=args.num_layers,
+        num_attention_heads=args.num_heads,
+        max_position_embeddings=16384,
+    )
+    llama = LlamaForCausalLM(llama_config).to(args.device, dtype).eval()
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    sizes = {"parameters": model.num_parameters(), "llama_parameters": llama.num_parameters()}
+    results = {"settings": settings | versions | sizes | {"hardware": hardware(args.device)}}
+    results["memory_bound"] = measure_memory_bound(model, args)
+    results["generate"] = measure_generate(model, llama, args)
+    results["cache"] = measure_cache(model)
+    results["training"] = measure_training(model, args)
+    del llama
+    results["lengths"] = measure_lengths(model, args)
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    name = f"speed_{args.device}_{args.dtype}"
+    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.output / f"{name}.md").write_text(report(results))
+    plot(results["lengths"], args.output / f"{name}.png")
+    print(report(results))
+
+
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON, Markdown, PNG go")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024], help="prompts of `generate`")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8], help="tokens a step of `generate`")
+    parser.add_argument("--new-tokens", type=int, default=32, help="tokens a run of `generate`")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16], help="blocks of block diffusion")
+    parser.add_argument("--train-rows", type=int, default=4)
+    parser.add_argument("--train-length", type=int, default=256)
+    parser.add_argument("--train-repeats", type=int, default=3)
+    parser.add_argument("--hidden-size", type=int, default=768)
+    parser.add_argument("--num-layers", type=int, default=12)
+    parser.add_argument("--num-heads", type=int, default=12)
+    parser.add_argument("--vocab-size", type=int, default=50258)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(parse_args())
