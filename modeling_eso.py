@@ -56,7 +56,8 @@ class EsoLinear(nn.Linear):
         )
         if not is_few_rows:
             return super().forward(inputs)
-        flat = inputs.reshape(rows, -1)
+        # The layout matters: with rows that are not contiguous the product is three times as slow.
+        flat = inputs.reshape(rows, -1).contiguous()
         # A single row is slower than two: it is computed twice.
         columns = (flat if rows > 1 else flat.repeat(2, 1)).t()
         outputs = (weight @ columns).t()[:rows]
