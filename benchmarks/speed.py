@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -100,24 +101,26 @@ def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args
     return rows
 
 
-def eso_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int) -> None:
+def eso_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, batch: int = 1) -> None:
     """A decoding step of one token on top of `context` cached ones: the last token and a mask."""
     cache.keep(context)
-    ids = torch.full((1, 2), model.config.mask_token_id, device=model.device)
-    positions = torch.arange(context, context + 2, device=model.device)[None]
+    ids = torch.full((batch, 2), model.config.mask_token_id, device=model.device)
+    positions = torch.arange(context, context + 2, device=model.device).expand(batch, 2)
     draw(model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits)
 
 
-def autoregressive_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int) -> None:
+def autoregressive_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, batch: int) -> None:
     """The same of the AR sampler: the last token."""
     cache.keep(context)
-    ids = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    ids = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
     draw(AutoregressiveSampler(model).forward(ids, context, cache))
 
 
-def block_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, block_length: int) -> None:
+def block_step(
+    model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, batch: int, block_length: int
+) -> None:
     """A pass over a block, of which one token is drawn."""
-    ids = torch.full((1, block_length), model.config.mask_token_id, device=model.device)
+    ids = torch.full((batch, block_length), model.config.mask_token_id, device=model.device)
     draw(BlockDiffusionSampler(model, block_length).forward(ids, context, cache, places=1))
 
 
@@ -129,19 +132,19 @@ def full_step(model: EsoForMaskedDiffusion, length: int) -> None:
 
 @torch.no_grad()
 def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
-    """Time to generate L tokens with L forwards, from steps sampled at several contexts."""
+    """Time to generate L tokens in each row with L forwards, from steps sampled at several contexts."""
     rows = []
-    for length in tqdm(args.lengths, desc="Lengths"):
+    for batch, length in tqdm([*product(args.batches, args.lengths)], desc="Lengths"):
         steps = {}
         for eighth in (1, 3, 5, 7):
             context = length * eighth // 8
-            cache = filled_cache(model, 1, length + max(args.blocks, default=0) + 2, context)
+            cache = filled_cache(model, batch, length + max(args.blocks, default=0) + 2, context)
             functions = {
-                "Eso-LM": partial(eso_step, model, cache, context),
-                "AR": partial(autoregressive_step, model, cache, context),
+                "Eso-LM": partial(eso_step, model, cache, context, batch),
+                "AR": partial(autoregressive_step, model, cache, context, batch),
             }
             for block in args.blocks:
-                functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, block)
+                functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, batch, block)
             with model.modulations_folded():
                 for name, times in interleaved(functions, args.repeats, args.device).items():
                     steps.setdefault(name, []).append(times["median"])
@@ -150,13 +153,15 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
             steps[f"block diffusion, {block}"] = [
                 (block + 1) / block * step for step in steps[f"block diffusion, {block}"]
             ]
-        with model.modulations_folded():
-            repeats = args.repeats if length <= 2048 else 1
-            times = interleaved({"": partial(full_step, model, length)}, repeats, args.device)
-            steps["masked diffusion"] = [times[""]["median"]]
+        if batch == 1:  # a pass over the whole text is limited by arithmetic: rows would only multiply it
+            with model.modulations_folded():
+                repeats = args.repeats if length <= 2048 else 1
+                times = interleaved({"": partial(full_step, model, length)}, repeats, args.device)
+                steps["masked diffusion"] = [times[""]["median"]]
         seconds = {name: sum(values) / len(values) * length / 1e3 for name, values in steps.items()}
         for name, total in seconds.items():
-            rows.append({"system": name, "length": length, "seconds": total, "ratio": total / seconds["Eso-LM"]})
+            ratio = total / seconds["Eso-LM"]
+            rows.append({"system": name, "batch": batch, "length": length, "seconds": total, "ratio": ratio})
     return rows
 
 
@@ -245,7 +250,7 @@ def report(results: dict) -> str:
     """The results as Markdown."""
     settings = results["settings"]
     lines = [
-        f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['dtype']}, batch 1; "
+        f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['dtype']}; "
         f"torch {settings['torch']}, transformers {settings['transformers']}. `benchmarks/speed.py`",
         "",
         "| `generate`, time a token | context | ms (quartiles) | against Llama's `generate` |",
@@ -256,20 +261,18 @@ def report(results: dict) -> str:
             f"| {row['system']} | {row['context']} | {row['median']:.1f} ({row['low']:.1f} to {row['high']:.1f}) | "
             f"{row['ratio']:.2f} |"
         )
-    systems = list(dict.fromkeys(row["system"] for row in results["lengths"]))
     lengths = list(dict.fromkeys(row["length"] for row in results["lengths"]))
     lines += [
         "",
-        "Seconds for L tokens at NFE = L, from sampled steps (in brackets: against the Eso-LM):",
+        "Seconds for L tokens in each row at NFE = L, from sampled steps (in brackets: against the Eso-LM):",
         "",
-        "| | " + " | ".join(f"L = {length}" for length in lengths) + " |",
-        "| --- " * (len(lengths) + 1) + "|",
+        "| | batch | " + " | ".join(f"L = {length}" for length in lengths) + " |",
+        "| --- " * (len(lengths) + 2) + "|",
     ]
-    for system in systems:
-        cells = [row for row in results["lengths"] if row["system"] == system]
-        lines.append(
-            f"| {system} | " + " | ".join(f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells) + " |"
-        )
+    for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in results["lengths"]):
+        cells = [row for row in results["lengths"] if (row["batch"], row["system"]) == (batch, system)]
+        numbers = " | ".join(f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells)
+        lines.append(f"| {system} | {batch} | {numbers} |")
     bound, training = results["memory_bound"], results["training"]
     lines += [
         "",
@@ -286,12 +289,14 @@ def report(results: dict) -> str:
 def plot(rows: list[dict], path: Path) -> None:
     """Generation time against length."""
     figure, axes = plt.subplots(figsize=(5.5, 4))
-    for system in dict.fromkeys(row["system"] for row in rows):
-        points = [row for row in rows if row["system"] == system]
-        axes.loglog([row["length"] for row in points], [row["seconds"] for row in points], marker="o", label=system)
+    for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in rows):
+        points = [row for row in rows if (row["batch"], row["system"]) == (batch, system)]
+        label = system if batch == 1 else f"{system} (batch {batch})"
+        style = "-" if batch == 1 else "--"
+        axes.loglog([p["length"] for p in points], [p["seconds"] for p in points], style, marker="o", label=label)
     axes.set_xlabel("tokens L (NFE = L)")
     axes.set_ylabel("seconds")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -340,6 +345,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON, Markdown, PNG go")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows, for the lengths")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024], help="prompts of `generate`")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8], help="tokens a step of `generate`")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens a run of `generate`")
