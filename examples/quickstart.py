@@ -6,6 +6,7 @@ python examples/quickstart.py --max-steps 20000 --hidden-size 512 --num-layers 1
 """
 
 import argparse
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +87,8 @@ def main(args: argparse.Namespace) -> None:
 
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
+    with (args.output / "held_out.jsonl").open("w", encoding="utf-8") as file:  # for run_evaluation.py
+        file.writelines(json.dumps({"text": document}) + "\n" for document in held_out_documents)
     sample(args.output, args.length, args.num_samples, args.temperature)
 
 

@@ -49,6 +49,7 @@ def test_quickstart_and_readme_snippets_run(trained, home, capsys):
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
     assert (home / "outputs" / "mine" / "model.safetensors").exists()
+    assert (home / "outputs" / "quickstart" / "held_out.jsonl").read_text().count("\n") == 2
     assert (home / "outputs" / "adapter" / "adapter_model.safetensors").exists()
     assert "nats per token" in capsys.readouterr().out
 
