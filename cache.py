@@ -13,9 +13,10 @@ class PreallocatedLayer(CacheLayerMixin):
 
     is_croppable = True
 
-    def __init__(self, max_length: int):
+    def __init__(self, max_length: int, is_compileable: bool = False):
         super().__init__()
         self.max_length = max_length
+        self.is_compileable = is_compileable
         self.length = 0
         self.row_slots: torch.LongTensor | None = None
 
@@ -24,6 +25,10 @@ class PreallocatedLayer(CacheLayerMixin):
         # Zeros, because a row may look past its own slots: attention gives them no weight, but 0 x NaN is NaN.
         self.keys = key_states.new_zeros(*key_states.shape[:-2], self.max_length, key_states.shape[-1])
         self.values = value_states.new_zeros(*value_states.shape[:-2], self.max_length, value_states.shape[-1])
+        if self.is_compileable:
+            # A CUDA graph may then write to them where they are.
+            torch._dynamo.mark_static_address(self.keys)
+            torch._dynamo.mark_static_address(self.values)
         self.is_initialized = True
 
     def update(
@@ -76,10 +81,13 @@ class PreallocatedCache(Cache):
     Args:
         num_layers: Layers of the model.
         max_length: Slots that the cache can hold; going beyond raises a ValueError.
+        is_compileable: Whether forwards on top of it may be compiled, or replayed as CUDA graphs: `keep` then has to
+            name `row_slots` before each of them, after a first one that is not compiled and allocates the memory.
     """
 
-    def __init__(self, num_layers: int, max_length: int):
-        super().__init__(layers=[PreallocatedLayer(max_length) for _ in range(num_layers)])
+    def __init__(self, num_layers: int, max_length: int, is_compileable: bool = False):
+        super().__init__(layers=[PreallocatedLayer(max_length, is_compileable) for _ in range(num_layers)])
+        self.max_length = max_length
 
     def keep(self, length: int, row_slots: torch.LongTensor | None = None) -> None:
         """Says where the next slots go: whatever stands there or behind is forgotten.

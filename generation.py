@@ -1,9 +1,11 @@
 """Generation with an Eso-LM: `model.generate` as a decoding strategy of transformers' own `GenerationMixin`."""
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -12,6 +14,7 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
+from .attention_mask import make_attention_mask
 from .cache import PreallocatedCache
 from .canvas import Canvas, StopWatcher, TextFeed
 from .generation_order import UNMASKING_ORDERS
@@ -40,6 +43,12 @@ UNSUPPORTED_SETTINGS = {
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
 }
+
+MAX_COMPILED_TOKENS = 32
+"""Tokens and masks of a row, each, up to which a step is rounded up to a power of two of them and may be compiled."""
+
+KEYS_AT_A_TIME = 256
+"""Cached slots by which the keys of such steps grow."""
 
 
 class EsoGenerationConfig(GenerationConfig):
@@ -329,14 +338,17 @@ class EsoGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
         if model_kwargs.get("past_key_values") is not None:
             raise ValueError("`past_key_values` cannot be passed to `generate`: it makes its own cache.")
-        if generation_config.cache_implementation not in (None, "dynamic"):
+        if generation_config.cache_implementation not in (None, "static", "dynamic"):
             raise ValueError(
-                f"`cache_implementation` must be unset (preallocated) or 'dynamic', which can drop slots as every "
-                f"decoding step does, got {generation_config.cache_implementation!r}."
+                f"`cache_implementation` must be unset (preallocated), 'static' (the same, for compiled forwards) or "
+                f"'dynamic': those can drop slots as every decoding step does, got "
+                f"{generation_config.cache_implementation!r}."
             )
-        if generation_config.use_cache and generation_config.cache_implementation is None:
+        if generation_config.use_cache and generation_config.cache_implementation != "dynamic":
             model_kwargs["past_key_values"] = PreallocatedCache(
-                self.config.num_hidden_layers, generation_config.max_length
+                self.config.num_hidden_layers,
+                generation_config.max_length,
+                is_compileable=generation_config.cache_implementation == "static",
             )
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
@@ -391,6 +403,9 @@ class EsoGenerationMixin(GenerationMixin):
             )
         processors = for_slots(logits_processor)
         watcher = StopWatcher(stopping_criteria, canvas, self.device)
+        decode = self._decode
+        if self._valid_auto_compile_criteria({"past_key_values": past_key_values}, generation_config):
+            decode = partial(self._decode, compiled_forward=self.get_compiled_call(generation_config.compile_config))
         recorded = {
             name: torch.zeros(canvas.batch, canvas.length, self.config.vocab_size, device=self.device)
             for name in ("scores", "logits")
@@ -403,21 +418,19 @@ class EsoGenerationMixin(GenerationMixin):
             decoding.enter_context(self.modulations_folded())
             if streamer is not None:
                 streamer.start(canvas)
-            while self._has_unfinished_sequences(canvas.is_finished(), synced_gpus, self.device):
-                if canvas.is_finished():
+            while self._has_unfinished_sequences(is_finished := canvas.is_finished(), synced_gpus, self.device):
+                if is_finished:
                     # Other processes go on, and need this one to take part in gathering the weights.
                     self(input_ids=torch.full((1, 1), self.config.mask_token_id, device=self.device))
                     continue
                 widths = schedule.next_widths(canvas.idle_rows(in_lockstep=schedule.in_lockstep))
                 rows, columns = schedule.columns(widths)
-                logits = self._decode(canvas, schedule, widths, past_key_values)  # (masks of all rows, vocab)
+                logits = decode(canvas, schedule, widths, past_key_values)  # (masks of all rows, vocab)
                 num_forwards += 1
 
-                # Before the processors, which may work in place.
-                log_probs = logits.log_softmax(dim=-1)
-                scores = logits.clone() if processors and "logits" in recorded else logits
-                if processors:
-                    scores = process_logits(processors, scores, canvas, rows, columns)
+                scores = logits
+                if processors:  # which may work in place
+                    scores = process_logits(processors, logits.clone(), canvas, rows, columns)
                     scores[:, self.config.mask_token_id] = -torch.inf
                 if generation_config.do_sample:
                     drawn = draw_tokens(scores, draw_uniform(widths, generator, self.device))
@@ -425,9 +438,9 @@ class EsoGenerationMixin(GenerationMixin):
                     drawn = scores.argmax(dim=-1)
                 is_drawable = scores.amax(dim=-1).isfinite()
                 is_kept = select_tokens(
-                    log_probs, widths, generation_config.confidence_threshold, generation_config.entropy_bound
+                    logits, widths, generation_config.confidence_threshold, generation_config.entropy_bound
                 )
-                log_probs = log_probs.gather(-1, drawn[:, None])[:, 0]
+                log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
                 # All that the host needs to know of this forward, in one transfer.
                 drawn, log_probs, is_drawable, is_kept = torch.stack(
                     [drawn.double(), log_probs.double(), is_drawable.double(), is_kept.double()]
@@ -470,17 +483,36 @@ class EsoGenerationMixin(GenerationMixin):
         )
 
     def _decode(
-        self, canvas: Canvas, schedule: UnmaskingSchedule, widths: list[int], cache: Cache | None
+        self,
+        canvas: Canvas,
+        schedule: UnmaskingSchedule,
+        widths: list[int],
+        cache: Cache | None,
+        compiled_forward: Callable | None = None,
     ) -> torch.FloatTensor:
         """One forward: in each row the slots decided but not cached yet, then the next `widths` masks.
+
+        With a static cache their number is rounded up to one of a few, so that few graphs serve all steps.
+
+        Args:
+            compiled_forward: Runs the steps that have such a shape. The first forward, which may hold a prompt, and
+                those of more than `MAX_COMPILED_TOKENS` a row are run as they are.
 
         Returns:
             (masks of all rows, vocab), logits in float32, row by row.
         """
         starts = schedule.cached
         stops = [decided + width for decided, width in zip(schedule.decided, widths, strict=True)]
-        attention_mask = None
-        is_uniform = len(set(zip(starts, stops, widths, strict=True))) == 1
+        num_clean = max(decided - start for start, decided in zip(starts, schedule.decided, strict=True))
+        num_masks, num_keys = max(widths), max(stops)
+        attention_mask, forward = None, self
+        has_static_shape = (
+            isinstance(cache, PreallocatedCache)
+            and cache.is_compileable
+            and cache.is_initialized
+            and max(num_clean, num_masks) <= MAX_COMPILED_TOKENS
+        )
+        is_uniform = not has_static_shape and len(set(zip(starts, stops, widths, strict=True))) == 1
         if is_uniform:
             columns = schedule.order[:, starts[0] : stops[0]]
             logits_to_keep = widths[0]
@@ -488,26 +520,39 @@ class EsoGenerationMixin(GenerationMixin):
         else:
             # Rows with fewer slots than others repeat their last one: the same keys and values at the same place.
             num_slots = max(stop - start for start, stop in zip(starts, stops, strict=True))
+            if has_static_shape:
+                num_masks = _next_power_of_two(max(num_clean, num_masks))
+                num_slots = 2 * num_masks
+                num_keys = min(cache.max_length, KEYS_AT_A_TIME * math.ceil(num_keys / KEYS_AT_A_TIME))
+                forward = compiled_forward or self
             slots = torch.tensor(starts)[:, None] + torch.arange(num_slots)
             slots = slots.minimum(torch.tensor(stops)[:, None] - 1).clamp(min=0)
             columns = schedule.order.gather(1, slots)
             first_mask = torch.tensor(schedule.decided) - torch.tensor(starts)
-            logits_to_keep = (first_mask[:, None] + torch.arange(max(widths))).clamp(max=num_slots - 1)
+            logits_to_keep = (first_mask[:, None] + torch.arange(num_masks)).clamp(max=num_slots - 1)
             logits_to_keep = logits_to_keep.to(self.device)
             if cache is not None:
                 slots = slots.to(self.device)
-                cache.keep(max(stops), row_slots=slots)
-                attention_mask = (torch.arange(max(stops), device=self.device) <= slots[..., None])[:, None]
-        logits = self(
+                cache.keep(num_keys, row_slots=slots)
+
+                def sees(row, head, query, key):
+                    return key <= slots[row, query]
+
+                attention_mask = make_attention_mask(
+                    self.config, sees, *slots.shape, num_keys, self.dtype, self.device
+                )
+        logits = forward(
             input_ids=canvas.tokens.gather(1, columns).to(self.device),
             position_ids=canvas.text_positions.gather(1, columns).to(self.device),
             attention_mask=attention_mask,
             past_key_values=cache,
             logits_to_keep=logits_to_keep,
-        ).logits.float()
+        ).logits
+        # A CUDA graph will write its next logits to the same place.
+        logits = logits.to(torch.float32, copy=forward is not self)
         if is_uniform:
             return logits.flatten(0, 1)
-        is_mask = torch.arange(max(widths)) < torch.tensor(widths)[:, None]
+        is_mask = torch.arange(num_masks) < torch.tensor(widths)[:, None]
         return logits.flatten(0, 1)[is_mask.flatten().nonzero()[:, 0].to(self.device)]
 
 
@@ -517,6 +562,10 @@ def _rewind(cache: Cache | None, length: int) -> None:
         cache.keep(length)
     elif cache is not None and cache.get_seq_length() > length:
         cache.crop(length - cache.get_seq_length())
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -5,6 +5,7 @@ with every slot as a row and the text known so far as its `input_ids`. Those tha
 text are replaced by the ones here, which know where in the text a slot stands; left to right, both do the same.
 """
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 
@@ -30,14 +31,14 @@ TEXT_FREE_PROCESSORS = (
 )
 
 
-class SlotProcessor:
+class SlotProcessor(ABC):
     """A processor that knows where in the text each slot stands."""
 
+    @abstractmethod
     def __call__(
         self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.FloatTensor
     ) -> torch.FloatTensor:
         """Processes scores (slots, vocab) of the slots at (rows, columns) of the canvas."""
-        raise NotImplementedError
 
 
 class MinimumLength(SlotProcessor):

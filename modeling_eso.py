@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_causal_mask
+from transformers.masking_utils import BlockMask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_mask import make_attention_mask
 from .configuration_eso import EsoConfig
 from .generation import EsoGenerationConfig, EsoGenerationMixin
 from .generation_order import order_of_slots, text_positions
@@ -480,12 +481,12 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         require_shape("labels", labels, (batch, slots))
         require_shape("loss_weights", loss_weights, (batch, slots))
         require_shape("sequential_rows", sequential_rows, (batch,))
-        if attention_mask is not None and attention_mask.dim() == 2 and past_key_values is None:
+        if _is_padding_mask(attention_mask) and past_key_values is None:
             require_shape("attention_mask", attention_mask, (batch, slots))
 
         order = None
         in_text_order = position_ids is None and past_key_values is None and not use_cache
-        if in_text_order and (attention_mask is None or attention_mask.dim() == 2):
+        if in_text_order and (attention_mask is None or _is_padding_mask(attention_mask)):
             order, position_ids = self._clean_first_order(input_ids, inputs_embeds, attention_mask)
             input_ids, inputs_embeds, labels, loss_weights = (
                 None if tensor is None else _take_slots(tensor, order)
@@ -583,6 +584,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         order = order_of_slots(group, rank)
         return order, text_positions(is_real).gather(1, order)
 
+    # Which slots count is data: to torch.compile this is a frame to leave alone, around a backbone to compile.
+    @torch.compiler.disable(recursive=False)
     def _hybrid_loss(
         self,
         input_ids: torch.LongTensor | None,
@@ -620,6 +623,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch
 
+    @torch.compiler.disable(recursive=False)
     def _states_at(
         self,
         is_wanted: torch.BoolTensor,
@@ -652,7 +656,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             )
             states.append(outputs.last_hidden_state[is_wanted[diffusion]])
         if len(sequential) > 0:
-            if input_ids is None or (attention_mask is not None and attention_mask.dim() != 2):
+            if input_ids is None or not (attention_mask is None or _is_padding_mask(attention_mask)):
                 raise ValueError("`sequential_rows` need `input_ids`, and at most a 2D `attention_mask`.")
             states.append(
                 self._query_states(
@@ -668,6 +672,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         rows, slots = is_wanted[order].nonzero().unbind(dim=-1)
         return torch.cat(states), order[rows], slots
 
+    @torch.compiler.disable(recursive=False)
     def _query_states(
         self,
         input_ids: torch.LongTensor,
@@ -706,18 +711,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             is_past = (key_index < horizon[batch_index, query_index]) & is_visible[batch_index, key_index]
             return is_past | (key_index == query_index)
 
-        # Flash attention takes no mask at all: the layers fall back to sdpa for this one.
-        implementation = "sdpa" if is_flash_attention_requested(self.config) else self.config._attn_implementation
-        mask_interface = ALL_MASK_ATTENTION_FUNCTIONS[implementation]
-        two_stream_mask = mask_interface(
-            batch_size=batch,
-            q_length=slots + width,
-            kv_length=slots + width,
-            mask_function=sees,
-            allow_is_causal_skip=False,
-            dtype=self.model.dtype,
-            device=device,
-            config=self.config,
+        two_stream_mask = make_attention_mask(
+            self.config, sees, batch, slots + width, slots + width, self.model.dtype, device
         )
         masks = torch.full_like(query_slots, self.config.mask_token_id)
         outputs = self.model(
@@ -742,6 +737,11 @@ def _implementation_for(config: EsoConfig, attention_mask: torch.Tensor | None, 
         return "eager"
     takes_tensors = config._attn_implementation != "flex_attention" and not is_flash_attention_requested(config)
     return config._attn_implementation if takes_tensors else "sdpa"
+
+
+def _is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> bool:
+    """Whether a mask says which tokens are real, (batch, slots), rather than which slot sees which."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
 
 
 def _require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None):

@@ -11,6 +11,7 @@ hours, steps of the same cost are timed at several contexts and added up; the ta
 import argparse
 import json
 import platform
+import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -85,8 +86,11 @@ def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args
         for tokens in args.tokens:
             settings = {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": args.new_tokens // tokens}
             systems[f"Eso-LM, {tokens} a step"] = (model, settings | {"eos_token_id": None}, tokens)
+            if args.device != "cpu":  # where a step of many small kernels waits for the host
+                settings = settings | {"eos_token_id": None, "cache_implementation": "static"}
+                systems[f"Eso-LM, {tokens} a step, compiled"] = (model, settings, tokens)
         times = {name: [] for name in systems}
-        for repeat in range(args.repeats + 1):
+        for repeat in range(args.repeats + 1):  # the first one warms up, and compiles
             for name, (system, settings, tokens) in systems.items():
                 clock = Intervals(system, args.device)
                 system.generate(
@@ -99,6 +103,39 @@ def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args
         for name, values in times.items():
             rows.append({"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick})
     return rows
+
+
+@torch.no_grad()
+def measure_steps(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
+    """Whole runs of `generate`: seconds for L tokens in each row against NFE, and masked diffusion's for the same."""
+    rows, length = [], args.step_length
+    with model.modulations_folded():
+        full = interleaved({"": partial(full_step, model, length)}, 2, args.device)[""]["median"]
+    for batch, steps in tqdm([*product(args.batches, args.steps)], desc="NFE"):
+        generate = partial(
+            model.generate,
+            num_return_sequences=batch,
+            max_new_tokens=length,
+            alpha_0=1.0,
+            unmasking_order="strided",  # each of its steps reveals something: NFE is their number
+            num_diffusion_steps=steps,
+            eos_token_id=None,
+        )
+        times = interleaved({"": generate}, 2, args.device)[""]
+        row = {"batch": batch, "length": length, "nfe": steps, "seconds": times["median"] / 1e3}
+        if batch == 1:
+            row["ratio"] = steps * full / times["median"]
+        rows.append(row)
+    return rows
+
+
+def peak_memory(device: str) -> float:
+    """Gigabytes: the most that was allocated since the last call on an accelerator, by this process on a CPU."""
+    if device == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    peak = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def eso_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, batch: int = 1) -> None:
@@ -273,7 +310,21 @@ def report(results: dict) -> str:
         cells = [row for row in results["lengths"] if (row["batch"], row["system"]) == (batch, system)]
         numbers = " | ".join(f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells)
         lines.append(f"| {system} | {batch} | {numbers} |")
-    bound, training = results["memory_bound"], results["training"]
+    steps = results["steps"]
+    forwards = list(dict.fromkeys(row["nfe"] for row in steps))
+    lines += [
+        "",
+        f"Seconds of `generate` for {steps[0]['length']} tokens in each row against NFE (in brackets: masked "
+        f"diffusion at the same NFE takes so many times as long):",
+        "",
+        "| batch | " + " | ".join(f"NFE {nfe}" for nfe in forwards) + " |",
+        "| --- " * (len(forwards) + 1) + "|",
+    ]
+    for batch in dict.fromkeys(row["batch"] for row in steps):
+        cells = [row for row in steps if row["batch"] == batch]
+        numbers = [f"{row['seconds']:.2f}" + (f" ({row['ratio']:.1f})" if "ratio" in row else "") for row in cells]
+        lines.append(f"| {batch} | " + " | ".join(numbers) + " |")
+    bound, training, memory = results["memory_bound"], results["training"], results["peak_memory_gb"]
     lines += [
         "",
         f"- A step of one token takes {bound['step_ms']['median']:.1f} ms, reading its weights once "
@@ -281,6 +332,8 @@ def report(results: dict) -> str:
         f"- A training step of the hybrid objective (alpha_0 = 0.25, {training['rows']} rows of "
         f"{training['length']} tokens) takes {training['ratio']:.2f} times an AR step, "
         f"{training['hybrid_tokens_per_second']:.0f} tokens a second.",
+        f"- Peak memory: {memory['generation']:.2f} GB with both models and their caches while generating, "
+        f"{memory['training']:.2f} GB when training too.",
         f"- The cache takes {results['cache']['ratio']:.3f} times 2 x layers x batch x length x width x bytes.",
     ]
     return "\n".join(lines) + "\n"
@@ -329,8 +382,11 @@ def main(args: argparse.Namespace) -> None:
     results["memory_bound"] = measure_memory_bound(model, args)
     results["generate"] = measure_generate(model, llama, args)
     results["cache"] = measure_cache(model)
+    results["peak_memory_gb"] = {"generation": peak_memory(args.device)}
     results["training"] = measure_training(model, args)
+    results["peak_memory_gb"]["training"] = peak_memory(args.device)
     del llama
+    results["steps"] = measure_steps(model, args)
     results["lengths"] = measure_lengths(model, args)
 
     args.output.mkdir(parents=True, exist_ok=True)
@@ -350,6 +406,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8], help="tokens a step of `generate`")
     parser.add_argument("--new-tokens", type=int, default=32, help="tokens a run of `generate`")
     parser.add_argument("--blocks", type=int, nargs="+", default=[4, 16], help="blocks of block diffusion")
+    parser.add_argument("--step-length", type=int, default=256, help="tokens of the runs at several NFE")
+    parser.add_argument("--steps", type=int, nargs="+", default=[256, 128, 64, 32, 16], help="NFE of these runs")
     parser.add_argument("--train-rows", type=int, default=4)
     parser.add_argument("--train-length", type=int, default=256)
     parser.add_argument("--train-repeats", type=int, default=3)

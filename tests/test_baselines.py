@@ -1,16 +1,11 @@
 """Each baseline of the benchmarks is what it claims to be."""
 
-import sys
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_batch, randomized_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, filled_cache
+from tiny_models import random_batch, randomized_model
 
 MASK = 23
 

@@ -1,20 +1,16 @@
 """The benchmarks run, at toy size, and their reports say what they measured."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
-from tiny_models import random_batch, randomized_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
 import speed
+from tiny_models import random_batch, randomized_model
 
 
 def test_speed_at_toy_size(tmp_path):
     sizes = ["--hidden-size", "32", "--num-layers", "1", "--num-heads", "2", "--vocab-size", "64"]
     shape = ["--lengths", "16", "32", "--contexts", "8", "--new-tokens", "8", "--tokens", "1", "4", "--repeats", "2"]
+    shape += ["--step-length", "16", "--steps", "16", "4"]
     training = ["--train-rows", "4", "--train-length", "8", "--train-repeats", "1"]
     speed.main(speed.parse_args(["--output", str(tmp_path), *sizes, *shape, *training]))
     results = json.loads((tmp_path / "speed_cpu_float32.json").read_text())
@@ -28,6 +24,8 @@ def test_speed_at_toy_size(tmp_path):
     }
     for row in results["generate"]:
         assert 0 < row["low"] <= row["median"] <= row["high"]
+    assert [(row["batch"], row["nfe"]) for row in results["steps"]] == [(1, 16), (1, 4), (8, 16), (8, 4)]
+    assert 0 < results["peak_memory_gb"]["generation"] <= results["peak_memory_gb"]["training"]
     report = (tmp_path / "speed_cpu_float32.md").read_text()
     assert f"{results['settings']['parameters']:,} parameters" in report
     assert (tmp_path / "speed_cpu_float32.png").stat().st_size > 5000

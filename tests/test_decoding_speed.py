@@ -6,7 +6,10 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import random_batch, randomized_model
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
 
+from eso_lm import DataCollatorForHybridMaskedDiffusion
 from eso_lm.modeling_eso import MAX_DECODED_SLOTS, EsoLinear, EsoModulation
 
 
@@ -67,3 +70,126 @@ def test_generation_follows_the_weights():
     fresh.load_state_dict(model.state_dict())
     assert torch.equal(second, fresh.generate(**arguments))
     assert not torch.equal(first, second)
+
+
+def compiled(backend: str | None = None) -> dict:
+    """Settings of `generate` that compile its steps, on any device; without graph breaks."""
+    options = {"backend": backend, "mode": None} if backend else {}
+    compile_config = CompileConfig(fullgraph=True, **options)
+    compile_config._compile_all_devices = True
+    return {"cache_implementation": "static", "compile_config": compile_config}
+
+
+def ragged_arguments(model) -> dict:
+    """Three rows that advance on their own, with padding and holes."""
+    prompt = random_batch(model, 3, 9)
+    attention_mask = torch.ones_like(prompt)
+    prompt[:, 3] = model.config.mask_token_id
+    attention_mask[1, :4] = attention_mask[2, 5:] = 0
+    generators = [torch.Generator().manual_seed(row) for row in range(3)]
+    return {"inputs": prompt, "attention_mask": attention_mask, "generator": generators}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("is_ragged", [False, True])
+@pytest.mark.parametrize(
+    "schedule", [{"num_diffusion_steps": 9}, {"alpha_0": 0.4}, {"entropy_bound": 9.0}, {"block_length": 8}]
+)
+def test_steps_of_static_shape_generate_the_same(attention, is_ragged, schedule):
+    model = randomized_model(attention)
+
+    def generate(**settings):
+        torch.manual_seed(0)
+        arguments = ragged_arguments(model) if is_ragged else {"num_return_sequences": 2}
+        return model.generate(
+            **arguments, max_new_tokens=30, return_dict_in_generate=True, output_logits=True, **schedule, **settings
+        )
+
+    expected, static = generate(), generate(cache_implementation="static")
+    assert torch.equal(static.sequences, expected.sequences)
+    assert torch.equal(static.unmasking_steps, expected.unmasking_steps)
+    torch.testing.assert_close(static.logits, expected.logits, atol=1e-4, rtol=0)
+
+
+def test_few_shapes_serve_all_steps():
+    model = randomized_model()
+    shapes = []
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    settings = {"max_new_tokens": 60, "num_diffusion_steps": 12, "alpha_0": 0.9}
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model.generate(random_batch(model, 2, 35), cache_implementation="static", **settings)
+    hook.remove()
+    widths = {width for batch, width in shapes if width < 35}  # the first of each holds the prompt
+    assert widths <= {2, 4, 8, 16, 32, 64}
+    assert len(shapes) > 50
+
+
+def test_a_step_compiles_as_one_graph():
+    model = randomized_model()
+    torch._dynamo.reset()
+    expected = model.generate(**ragged_arguments(model), max_new_tokens=20, num_diffusion_steps=6)
+    counters.clear()
+    for _ in range(2):
+        sequences = model.generate(
+            **ragged_arguments(model), max_new_tokens=20, num_diffusion_steps=6, **compiled("aot_eager")
+        )
+        assert torch.equal(sequences, expected)
+    assert not counters["graph_break"]
+    # One or two of fixed shape, then one of any: not one for each width.
+    assert 0 < counters["stats"]["unique_graphs"] <= 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_replayed_graphs_generate_the_same_on_a_gpu(attention):
+    model = randomized_model(attention).cuda()
+    torch._dynamo.reset()
+    arguments = ragged_arguments(model)
+    arguments |= {name: arguments[name].cuda() for name in ("inputs", "attention_mask")}
+    results = []
+    for cache in ({}, compiled(), compiled()):
+        arguments["generator"] = [torch.Generator().manual_seed(row) for row in range(3)]
+        results.append(
+            model.generate(
+                **arguments,
+                max_new_tokens=40,
+                num_diffusion_steps=10,
+                return_dict_in_generate=True,
+                output_logits=True,
+                **cache,
+            )
+        )
+    for result in results[1:]:
+        assert torch.equal(result.sequences, results[0].sequences)
+        torch.testing.assert_close(result.logits, results[0].logits, atol=1e-3, rtol=0)
+
+
+def test_the_backbone_of_a_training_step_compiles_once():
+    """Rows, masks and queries differ from batch to batch: that must not compile anything anew."""
+    model = randomized_model().train()
+    for layer in model.model.layers:
+        layer.dropout = 0.0
+    collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=model.config.mask_token_id, alpha_0=0.4, seed=0)
+    batches = [collator([{"input_ids": row} for row in random_batch(model, 8, 16)]) for _ in range(6)]
+
+    def losses_and_gradients(call):
+        for batch in batches:
+            model.zero_grad()
+            loss = call(**batch).loss
+            loss.backward()
+            yield loss.item(), model.model.layers[0].mlp.up_proj.weight.grad.clone()
+
+    torch._dynamo.reset()
+    expected = list(losses_and_gradients(model))
+    compiled_model = torch.compile(model, backend="aot_eager")
+    graphs = []
+    for (loss, gradient), (expected_loss, expected_gradient) in zip(
+        losses_and_gradients(compiled_model), expected, strict=True
+    ):
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[2]
