@@ -1,11 +1,9 @@
 """Generation with an Eso-LM: `model.generate` as a decoding strategy of transformers' own `GenerationMixin`."""
 
 import logging
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
@@ -14,13 +12,14 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
-from .attention_mask import make_attention_mask
 from .cache import PreallocatedCache
 from .canvas import Canvas, StopWatcher, TextFeed
+from .decoding import Decoder, DecodingStrategy, TokenSampler
 from .generation_order import UNMASKING_ORDERS
-from .logits_process import for_slots, process_logits
-from .sampling import Generators, draw_tokens, draw_uniform, select_tokens
-from .unmasking import DEFAULT_NUM_CANDIDATES, UnmaskingSchedule
+from .logits_process import for_slots
+from .lossless import DRAFT_LENGTHS, LosslessUnmasking
+from .sampling import Generators
+from .unmasking import ParallelUnmasking, UnmaskingSchedule, plan_rows
 from .validation import is_integer, is_number, require_shape, require_token_ids
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
@@ -44,11 +43,7 @@ UNSUPPORTED_SETTINGS = {
     "output_hidden_states": (None, False),
 }
 
-MAX_COMPILED_TOKENS = 32
-"""Tokens and masks of a row, each, up to which a step is rounded up to a power of two of them and may be compiled."""
-
-KEYS_AT_A_TIME = 256
-"""Cached slots by which the keys of such steps grow."""
+DEFAULT_NUM_CANDIDATES = 16
 
 
 class EsoGenerationConfig(GenerationConfig):
@@ -73,6 +68,11 @@ class EsoGenerationConfig(GenerationConfig):
         entropy_bound (`float`, *optional*): Adaptive unmasking that keeps the most certain candidates, as long as the
             entropies of those before each one add up to at most this many nats (arXiv 2505.24857).
         num_candidates (`int`, *optional*): Masks that adaptive unmasking looks at in a forward. `None`: 16.
+        lossless (`bool`, *optional*, defaults to `False`): Whether tokens are only drafted in parallel, and kept or
+            replaced so that the text is distributed exactly as if drawn one token a forward in the same order.
+        draft_length (`int` or `str`, *optional*): Tokens of a draft, with `lossless`; "auto" or `None`: chosen for
+            each row by what its drafts have met with. A strided order has so many tokens a stride ("auto": 16),
+            unless `num_diffusion_steps` says otherwise.
         progress_bar (`bool`, *optional*, defaults to `False`): Whether to show how many tokens have been decoded.
         kwargs: The fields of [`GenerationConfig`]; `do_sample` defaults to `True` and `top_k` to no filter.
 
@@ -88,6 +88,8 @@ class EsoGenerationConfig(GenerationConfig):
         self.confidence_threshold = kwargs.pop("confidence_threshold", None)
         self.entropy_bound = kwargs.pop("entropy_bound", None)
         self.num_candidates = kwargs.pop("num_candidates", None)
+        self.lossless = kwargs.pop("lossless", None)
+        self.draft_length = kwargs.pop("draft_length", None)
         self.progress_bar = kwargs.pop("progress_bar", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
@@ -138,6 +140,17 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`{criteria[0]}={getattr(self, criteria[0])}` is to find: set one of them (also in "
                 f"`model.generation_config`)."
             )
+        if not isinstance(self.lossless, bool | None):
+            raise ValueError(f"`lossless` must be a bool, got {self.lossless!r}.")
+        if self.draft_length not in (None, "auto") and not (is_integer(self.draft_length) and self.draft_length >= 1):
+            raise ValueError(f"`draft_length` must be None, 'auto' or a positive integer, got {self.draft_length!r}.")
+        if self.lossless and criteria:
+            raise ValueError(
+                f"`lossless` decides by itself how many tokens of a forward it keeps: unset `{criteria[0]}` (also in "
+                f"`model.generation_config`)."
+            )
+        if self.draft_length is not None and not self.lossless:
+            raise ValueError(f"`draft_length={self.draft_length!r}` is for lossless decoding: set `lossless` too.")
         if self.num_candidates is not None and not criteria:
             raise ValueError(
                 f"`num_candidates={self.num_candidates}` is for adaptive unmasking: set `confidence_threshold` or "
@@ -174,6 +187,11 @@ class EsoGenerateOutput(ModelOutput):
         scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
             drawn, 0 where given (or padding).
         logits: (batch, length, vocab), with `output_logits=True`; the same before any filter.
+        forwards_per_row: (batch,), with `lossless`; the forwards in which each row took part.
+        drafts_offered, drafts_accepted: (batch,), with `lossless`; the drafts that were judged (the first token of a
+            draft is exact and needs no judging; the others of a refused draft count as offered), and kept.
+
+    With `lossless`, `log_probs` are those of the exact conditionals: they add up to log p(x | σ).
     """
 
     sequences: torch.LongTensor
@@ -182,6 +200,9 @@ class EsoGenerateOutput(ModelOutput):
     log_probs: torch.FloatTensor | None = None
     scores: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    forwards_per_row: torch.LongTensor | None = None
+    drafts_offered: torch.LongTensor | None = None
+    drafts_accepted: torch.LongTensor | None = None
 
 
 class EsoGenerationMixin(GenerationMixin):
@@ -345,9 +366,14 @@ class EsoGenerationMixin(GenerationMixin):
                 f"{generation_config.cache_implementation!r}."
             )
         if generation_config.use_cache and generation_config.cache_implementation != "dynamic":
+            # The masks that judge drafts stand behind those of the last slots.
+            num_judging = 0
+            if generation_config.lossless:
+                fixed = generation_config.draft_length not in (None, "auto")
+                num_judging = (generation_config.draft_length if fixed else max(DRAFT_LENGTHS)) - 1
             model_kwargs["past_key_values"] = PreallocatedCache(
                 self.config.num_hidden_layers,
-                generation_config.max_length,
+                generation_config.max_length + num_judging,
                 is_compileable=generation_config.cache_implementation == "static",
             )
         else:
@@ -384,28 +410,20 @@ class EsoGenerationMixin(GenerationMixin):
         alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
         self._validate_settings(generation_config, is_left_to_right=alpha_0 == 0 and canvas.holds_prefixes())
         _check_generator(generator, canvas.batch)
-        num_candidates = None
-        if generation_config.is_adaptive:
-            num_candidates = generation_config.num_candidates or DEFAULT_NUM_CANDIDATES
-        schedule = UnmaskingSchedule(
-            canvas,
-            alpha_0,
-            generation_config.num_diffusion_steps,
-            generation_config.unmasking_order,
-            generation_config.block_length,
-            num_candidates,
-            generator,
+        sampler = TokenSampler(
+            for_slots(logits_processor), not generation_config.do_sample, generator, self.config.mask_token_id
         )
-        if isinstance(past_key_values, DynamicCache) and not schedule.in_lockstep and canvas.batch > 1:
+        strategy = _make_strategy(generation_config, canvas, sampler, alpha_0, use_cache=past_key_values is not None)
+        if isinstance(past_key_values, DynamicCache) and canvas.batch > 1 and not strategy.in_lockstep:
             raise ValueError(
                 "`cache_implementation='dynamic'` needs rows that advance together: leave it unset for prompts of "
-                "different lengths or numbers of holes, a generator for each row, and adaptive unmasking."
+                "different lengths or numbers of holes, a generator for each row, adaptive unmasking and `lossless`."
             )
-        processors = for_slots(logits_processor)
-        watcher = StopWatcher(stopping_criteria, canvas, self.device)
-        decode = self._decode
+        compiled_forward = None
         if self._valid_auto_compile_criteria({"past_key_values": past_key_values}, generation_config):
-            decode = partial(self._decode, compiled_forward=self.get_compiled_call(generation_config.compile_config))
+            compiled_forward = self.get_compiled_call(generation_config.compile_config)
+        decoder = Decoder(self, past_key_values, compiled_forward)
+        watcher = StopWatcher(stopping_criteria, canvas, self.device)
         recorded = {
             name: torch.zeros(canvas.batch, canvas.length, self.config.vocab_size, device=self.device)
             for name in ("scores", "logits")
@@ -423,45 +441,13 @@ class EsoGenerationMixin(GenerationMixin):
                     # Other processes go on, and need this one to take part in gathering the weights.
                     self(input_ids=torch.full((1, 1), self.config.mask_token_id, device=self.device))
                     continue
-                widths = schedule.next_widths(canvas.idle_rows(in_lockstep=schedule.in_lockstep))
-                rows, columns = schedule.columns(widths)
-                logits = decode(canvas, schedule, widths, past_key_values)  # (masks of all rows, vocab)
+                logits = decoder(strategy.next_feed())  # (kept slots of all rows, vocab)
                 num_forwards += 1
-
-                scores = logits
-                if processors:  # which may work in place
-                    scores = process_logits(processors, logits.clone(), canvas, rows, columns)
-                    scores[:, self.config.mask_token_id] = -torch.inf
-                if generation_config.do_sample:
-                    drawn = draw_tokens(scores, draw_uniform(widths, generator, self.device))
-                else:
-                    drawn = scores.argmax(dim=-1)
-                is_drawable = scores.amax(dim=-1).isfinite()
-                is_kept = select_tokens(
-                    logits, widths, generation_config.confidence_threshold, generation_config.entropy_bound
-                )
-                log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
-                # All that the host needs to know of this forward, in one transfer.
-                drawn, log_probs, is_drawable, is_kept = torch.stack(
-                    [drawn.double(), log_probs.double(), is_drawable.double(), is_kept.double()]
-                ).tolist()
-                if not all(is_drawable):
-                    raise ValueError(
-                        "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an "
-                        "overflow in the model (float16?) or for a `logits_processor` that forbids everything."
-                    )
-
-                is_kept = [bool(keep) for keep in is_kept]
-                kept = [slot for slot, keep in enumerate(is_kept) if keep]
-                rows, columns = [rows[slot] for slot in kept], [columns[slot] for slot in kept]
-                tokens, log_probs = [int(drawn[slot]) for slot in kept], [log_probs[slot] for slot in kept]
-                for name, source in (("scores", scores), ("logits", logits)):
-                    if name in recorded:
-                        recorded[name][rows, columns] = source[kept]
-                canvas.reveal(rows, columns, tokens, log_probs, num_forwards)
-                schedule.advance(widths, is_kept, use_cache=past_key_values is not None)
+                decisions = strategy.decide(logits, num_forwards)
+                for name, values in recorded.items():
+                    values[decisions.rows, decisions.columns] = getattr(decisions, name)
                 watcher.update()
-                progress.update(len(kept))
+                progress.update(len(decisions.rows))
                 if streamer is not None:
                     streamer.update()
         finally:
@@ -480,92 +466,39 @@ class EsoGenerationMixin(GenerationMixin):
             unmasking_steps=canvas.unmasking_steps.masked_fill(is_void, 0).to(self.device),
             log_probs=canvas.log_probs.masked_fill(is_void, 0).to(self.device),
             **{name: tensor.masked_fill_(is_void.to(self.device)[..., None], 0) for name, tensor in recorded.items()},
+            **{name: torch.tensor(counts, device=self.device) for name, counts in strategy.statistics().items()},
         )
 
-    def _decode(
-        self,
-        canvas: Canvas,
-        schedule: UnmaskingSchedule,
-        widths: list[int],
-        cache: Cache | None,
-        compiled_forward: Callable | None = None,
-    ) -> torch.FloatTensor:
-        """One forward: in each row the slots decided but not cached yet, then the next `widths` masks.
 
-        With a static cache their number is rounded up to one of a few, so that few graphs serve all steps.
-
-        Args:
-            compiled_forward: Runs the steps that have such a shape. The first forward, which may hold a prompt, and
-                those of more than `MAX_COMPILED_TOKENS` a row are run as they are.
-
-        Returns:
-            (masks of all rows, vocab), logits in float32, row by row.
-        """
-        starts = schedule.cached
-        stops = [decided + width for decided, width in zip(schedule.decided, widths, strict=True)]
-        num_clean = max(decided - start for start, decided in zip(starts, schedule.decided, strict=True))
-        num_masks, num_keys = max(widths), max(stops)
-        attention_mask, forward = None, self
-        has_static_shape = (
-            isinstance(cache, PreallocatedCache)
-            and cache.is_compileable
-            and cache.is_initialized
-            and max(num_clean, num_masks) <= MAX_COMPILED_TOKENS
-        )
-        is_uniform = not has_static_shape and len(set(zip(starts, stops, widths, strict=True))) == 1
-        if is_uniform:
-            columns = schedule.order[:, starts[0] : stops[0]]
-            logits_to_keep = widths[0]
-            _rewind(cache, starts[0])
-        else:
-            # Rows with fewer slots than others repeat their last one: the same keys and values at the same place.
-            num_slots = max(stop - start for start, stop in zip(starts, stops, strict=True))
-            if has_static_shape:
-                num_masks = _next_power_of_two(max(num_clean, num_masks))
-                num_slots = 2 * num_masks
-                num_keys = min(cache.max_length, KEYS_AT_A_TIME * math.ceil(num_keys / KEYS_AT_A_TIME))
-                forward = compiled_forward or self
-            slots = torch.tensor(starts)[:, None] + torch.arange(num_slots)
-            slots = slots.minimum(torch.tensor(stops)[:, None] - 1).clamp(min=0)
-            columns = schedule.order.gather(1, slots)
-            first_mask = torch.tensor(schedule.decided) - torch.tensor(starts)
-            logits_to_keep = (first_mask[:, None] + torch.arange(num_masks)).clamp(max=num_slots - 1)
-            logits_to_keep = logits_to_keep.to(self.device)
-            if cache is not None:
-                slots = slots.to(self.device)
-                cache.keep(num_keys, row_slots=slots)
-
-                def sees(row, head, query, key):
-                    return key <= slots[row, query]
-
-                attention_mask = make_attention_mask(
-                    self.config, sees, *slots.shape, num_keys, self.dtype, self.device
-                )
-        logits = forward(
-            input_ids=canvas.tokens.gather(1, columns).to(self.device),
-            position_ids=canvas.text_positions.gather(1, columns).to(self.device),
-            attention_mask=attention_mask,
-            past_key_values=cache,
-            logits_to_keep=logits_to_keep,
-        ).logits
-        # A CUDA graph will write its next logits to the same place.
-        logits = logits.to(torch.float32, copy=forward is not self)
-        if is_uniform:
-            return logits.flatten(0, 1)
-        is_mask = torch.arange(num_masks) < torch.tensor(widths)[:, None]
-        return logits.flatten(0, 1)[is_mask.flatten().nonzero()[:, 0].to(self.device)]
-
-
-def _rewind(cache: Cache | None, length: int) -> None:
-    """Forgets all slots of a cache but the first `length`."""
-    if isinstance(cache, PreallocatedCache):
-        cache.keep(length)
-    elif cache is not None and cache.get_seq_length() > length:
-        cache.crop(length - cache.get_seq_length())
-
-
-def _next_power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+def _make_strategy(
+    generation_config: EsoGenerationConfig, canvas: Canvas, sampler: TokenSampler, alpha_0: float, use_cache: bool
+) -> DecodingStrategy:
+    """How `generate` decides tokens: in parallel as planned, or adaptively, or without loss."""
+    num_candidates = None
+    if generation_config.is_adaptive:
+        num_candidates = generation_config.num_candidates or DEFAULT_NUM_CANDIDATES
+    if generation_config.lossless:
+        # A strided order then has so many tokens far apart before it comes back to their neighbours.
+        fixed = generation_config.draft_length not in (None, "auto")
+        num_candidates = generation_config.draft_length if fixed else DEFAULT_NUM_CANDIDATES
+    plan = {
+        "alpha_0": alpha_0,
+        "num_steps": generation_config.num_diffusion_steps,
+        "unmasking_order": generation_config.unmasking_order,
+        "block_length": generation_config.block_length,
+        "num_candidates": num_candidates,
+    }
+    if generation_config.lossless:
+        order, _ = plan_rows(canvas, sampler.generator, **plan)
+        return LosslessUnmasking(canvas, order, sampler, use_cache, generation_config.draft_length or "auto")
+    return ParallelUnmasking(
+        canvas,
+        UnmaskingSchedule(canvas, sampler.generator, **plan),
+        sampler,
+        use_cache,
+        generation_config.confidence_threshold,
+        generation_config.entropy_bound,
+    )
 
 
 def _check_count(name: str, value: int | None) -> None:

@@ -28,12 +28,17 @@ def draw_tokens(scores: torch.FloatTensor, uniform: torch.Tensor) -> torch.LongT
     In float32, neither Gumbel noise nor a running sum over a vocabulary reaches the tail of the distribution, which
     acts like a lower temperature.
     """
-    cdf = scores.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    return draw_by_weight(scores.softmax(dim=-1), uniform)
+
+
+def draw_by_weight(weights: torch.FloatTensor, uniform: torch.Tensor) -> torch.LongTensor:
+    """Draws in proportion to `weights`, (..., vocab), not negative: inverts their CDF in float64 at `uniform`."""
+    cdf = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cdf[..., -1:]
     # Strictly below the total, so that rounding never selects a token of probability 0 at the end.
     target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    # Scores of NaN end up beyond the vocabulary.
-    return torch.searchsorted(cdf, target, right=True)[..., 0].clamp(max=scores.shape[-1] - 1)
+    # Weights of NaN end up beyond the vocabulary.
+    return torch.searchsorted(cdf, target, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 
 
 def select_tokens(

@@ -1,4 +1,4 @@
-"""Which masks every row of a batch feeds to the next forward, and which of the tokens drawn there it keeps."""
+"""The paper's decoding: every forward reveals several tokens of a row, drawn in parallel from their own slots."""
 
 from bisect import bisect_right
 from itertools import accumulate
@@ -6,66 +6,63 @@ from itertools import accumulate
 import torch
 
 from .canvas import Canvas
+from .decoding import Decisions, DecodingStrategy, Feed, TokenSampler, is_drawable, require_drawable
 from .generation_order import order_of_slots, plan_generation
-from .sampling import Generators, on_cpu
+from .sampling import Generators, draw_tokens, on_cpu, select_tokens
 
-DEFAULT_NUM_CANDIDATES = 16
+
+def plan_rows(canvas: Canvas, generator: Generators, **plan) -> tuple[torch.LongTensor, list[list[int]]]:
+    """Plans in which order, and in which groups, the open columns of every row are filled in.
+
+    Args:
+        canvas: The text. In generation order stand its given tokens, then the open ones, then padding.
+        generator: Source of randomness; None: torch's global one; a list: one for each row.
+        plan: The arguments of `plan_generation`.
+
+    Returns:
+        The order, (batch, length), the column of the token at each slot; and of each row the slots at which its groups
+        end, ascending.
+    """
+    columns = torch.arange(canvas.length, dtype=torch.float64).expand(canvas.batch, -1)
+    order_of_rows = order_of_slots(torch.where(canvas.is_open, 1, torch.where(canvas.is_real, 0, 2)), columns)
+    rows_are_alike = len(set(zip(canvas.num_given, canvas.num_open, strict=True))) == 1
+    if rows_are_alike and not isinstance(generator, list):
+        orders, counts = plan_generation(canvas.batch, canvas.num_open[0], generator=on_cpu(generator), **plan)
+        plans = [(order, counts) for order in orders]
+    else:
+        generators = generator if isinstance(generator, list) else [generator] * canvas.batch
+        rows = zip(canvas.num_open, generators, strict=True)
+        planned = (plan_generation(1, num_open, generator=on_cpu(source), **plan) for num_open, source in rows)
+        plans = [(orders[0], counts) for orders, counts in planned]
+    group_ends = []
+    for row, (order, counts) in enumerate(plans):
+        start, stop = canvas.num_given[row], canvas.num_given[row] + canvas.num_open[row]
+        order_of_rows[row, start:stop] = order_of_rows[row, start:stop][order]
+        group_ends.append(list(accumulate(counts, initial=start))[1:])
+    return order_of_rows, group_ends
 
 
 class UnmaskingSchedule:
     """The generation order of each row and how far it has come. Rows advance independently.
 
     Args:
-        canvas: The text to fill in. In generation order stand its given tokens, then the open ones, then padding.
-        alpha_0, num_steps, unmasking_order, block_length: The plan; see `plan_generation`.
+        canvas: The text to fill in.
+        generator: As for `plan_rows`.
         num_candidates: Masks a forward of adaptive unmasking; None: not adaptive, a forward a group of the plan.
-        generator: Source of randomness; None: torch's global one; a list: one for each row.
+        unmasking_order, plan: The arguments of `plan_generation`.
     """
 
     def __init__(
-        self,
-        canvas: Canvas,
-        alpha_0: float,
-        num_steps: int | None,
-        unmasking_order: str,
-        block_length: int | None,
-        num_candidates: int | None,
-        generator: Generators,
+        self, canvas: Canvas, generator: Generators, num_candidates: int | None, unmasking_order: str, **plan
     ):
         self.num_candidates = num_candidates
         # What is tried in vain waits until the others of its group have been tried, unless text is to grow in order.
         self.requeues = unmasking_order != "left_to_right"
-        columns = torch.arange(canvas.length, dtype=torch.float64).expand(canvas.batch, -1)
-        group = torch.where(canvas.is_open, 1, torch.where(canvas.is_real, 0, 2))
-        self.order = order_of_slots(group, columns)
+        self.order, self.group_ends = plan_rows(
+            canvas, generator, num_candidates=num_candidates, unmasking_order=unmasking_order, **plan
+        )
         self.decided = list(canvas.num_given)  # slots in front whose tokens are known
         self.cached = [0] * canvas.batch  # slots in front whose keys and values are cached
-        self.group_ends = []
-
-        def plan(num_rows: int, num_tokens: int, generator: torch.Generator | None):
-            return plan_generation(
-                num_rows,
-                num_tokens,
-                alpha_0,
-                num_steps,
-                unmasking_order,
-                block_length,
-                num_candidates,
-                on_cpu(generator),
-            )
-
-        rows_are_alike = len(set(zip(canvas.num_given, canvas.num_open, strict=True))) == 1
-        if rows_are_alike and not isinstance(generator, list):
-            orders, counts = plan(canvas.batch, canvas.num_open[0], generator)
-            plans = [(order, counts) for order in orders]
-        else:
-            generators = generator if isinstance(generator, list) else [generator] * canvas.batch
-            rows = zip(canvas.num_open, generators, strict=True)
-            plans = [(orders[0], counts) for orders, counts in (plan(1, count, source) for count, source in rows)]
-        for row, (order, counts) in enumerate(plans):
-            start, stop = canvas.num_given[row], canvas.num_given[row] + canvas.num_open[row]
-            self.order[row, start:stop] = self.order[row, start:stop][order]
-            self.group_ends.append(list(accumulate(counts, initial=start))[1:])
         self.in_lockstep = num_candidates is None and len({(*ends,) for ends in self.group_ends}) == 1
 
     def next_widths(self, is_idle: list[bool]) -> list[int]:
@@ -106,3 +103,67 @@ class UnmaskingSchedule:
             if use_cache:
                 self.cached[row] = decided
             self.decided[row] += sum(kept)
+
+
+class ParallelUnmasking(DecodingStrategy):
+    """Each forward takes the tokens decided by the one before and then masks, whose tokens are drawn in parallel.
+
+    Source: arXiv 2506.01928, section 4; adaptive unmasking: [`EsoGenerationConfig`].
+    """
+
+    def __init__(
+        self,
+        canvas: Canvas,
+        schedule: UnmaskingSchedule,
+        sampler: TokenSampler,
+        use_cache: bool,
+        confidence_threshold: float | None,
+        entropy_bound: float | None,
+    ):
+        self.canvas, self.schedule, self.sampler, self.use_cache = canvas, schedule, sampler, use_cache
+        self.confidence_threshold, self.entropy_bound = confidence_threshold, entropy_bound
+        self.in_lockstep = schedule.in_lockstep
+        self.widths = []
+
+    def next_feed(self) -> Feed:
+        canvas, schedule = self.canvas, self.schedule
+        self.widths = schedule.next_widths(canvas.idle_rows(in_lockstep=self.in_lockstep))
+        starts = schedule.cached
+        stops = [decided + width for decided, width in zip(schedule.decided, self.widths, strict=True)]
+        num_fed = [stop - start for start, stop in zip(starts, stops, strict=True)]
+        slots = torch.tensor(starts)[:, None] + torch.arange(max(num_fed))
+        columns = schedule.order.gather(1, slots.minimum(torch.tensor(stops)[:, None] - 1).clamp(min=0))
+        return Feed(
+            starts=list(starts),
+            input_ids=canvas.tokens.gather(1, columns),
+            position_ids=canvas.text_positions.gather(1, columns),
+            num_fed=num_fed,
+            kept=[range(fed - width, fed) for fed, width in zip(num_fed, self.widths, strict=True)],
+        )
+
+    def decide(self, logits: torch.FloatTensor, step: int) -> Decisions:
+        widths = self.widths
+        rows, columns = self.schedule.columns(widths)
+        scores = self.sampler.process(logits, self.canvas, rows, columns)
+        if self.sampler.is_greedy:
+            drawn = scores.argmax(dim=-1)
+        else:
+            drawn = draw_tokens(scores, self.sampler.uniform(widths, logits.device))
+        is_kept = select_tokens(logits, widths, self.confidence_threshold, self.entropy_bound)
+        log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        # All that the host needs to know of this forward, in one transfer.
+        drawn, log_probs, can_be_drawn, is_kept = torch.stack(
+            [drawn.double(), log_probs.double(), is_drawable(scores).double(), is_kept.double()]
+        ).tolist()
+        require_drawable(can_be_drawn)
+        kept = [slot for slot, keep in enumerate(is_kept) if keep]
+        decisions = Decisions(
+            rows=[rows[slot] for slot in kept],
+            columns=[columns[slot] for slot in kept],
+            scores=scores[kept],
+            logits=logits[kept],
+        )
+        tokens, log_probs = [int(drawn[slot]) for slot in kept], [log_probs[slot] for slot in kept]
+        self.canvas.reveal(decisions.rows, decisions.columns, tokens, log_probs, step)
+        self.schedule.advance(widths, [bool(keep) for keep in is_kept], self.use_cache)
+        return decisions

@@ -295,7 +295,7 @@ def test_draws_reach_the_tail_and_nothing_beyond(uniform, token):
         ({"num_diffusion_steps": 0}, "`num_diffusion_steps` must be None or a positive integer, got 0"),
         ({"block_length": 0}, "`block_length` must be None or a positive integer, got 0"),
         ({"unmasking_order": "spiral"}, r"`unmasking_order` must be one of \('random', 'strided'"),
-        ({"cache_implementation": "static"}, "`cache_implementation` must be unset"),
+        ({"cache_implementation": "quantized"}, "`cache_implementation` must be unset"),
         ({"input_ids": torch.ones(0, 3).long()}, r"shape \(batch, tokens\), got \(0, 3\)"),
         ({"input_ids": torch.ones(3).long()}, r"shape \(batch, tokens\), got \(3,\)"),
         ({"input_ids": [[1, 2]]}, "got list"),

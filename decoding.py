@@ -1,0 +1,241 @@
+"""What a decoding step is made of: slots fed on top of the cache, a forward, and the tokens chosen from its logits."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from transformers import LogitsProcessor, PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.masking_utils import BlockMask
+
+from .attention_mask import make_attention_mask
+from .cache import PreallocatedCache
+from .canvas import Canvas
+from .logits_process import TEXT_FREE_PROCESSORS, SlotProcessor, process_logits
+from .sampling import Generators, draw_uniform
+
+MAX_COMPILED_SLOTS = 128
+"""Slots of a row up to which a step on a static cache is rounded up to a power of two of them and may be compiled."""
+
+KEYS_AT_A_TIME = 256
+"""Cached slots by which the keys of such steps grow."""
+
+
+@dataclass
+class Feed:
+    """What the rows of a batch feed to a forward. Rows that feed less than others repeat their last slot.
+
+    Args:
+        starts: Of each row, the slots in front that are cached; the fed ones are written behind them.
+        input_ids, position_ids: (batch, fed), on the host.
+        num_fed: Of each row, the slots that count.
+        kept: Of each row, the indices of the slots whose logits are wanted, ascending.
+        horizon: (batch, fed), the number of fed slots, from the first, that each one sees; None: up to its own.
+        first_mask: (batch, fed), with `horizon`: each slot also sees those from this one to its own.
+    """
+
+    starts: list[int]
+    input_ids: torch.LongTensor
+    position_ids: torch.LongTensor
+    num_fed: list[int]
+    kept: list[range]
+    horizon: torch.LongTensor | None = None
+    first_mask: torch.LongTensor | None = None
+
+
+@dataclass
+class Decisions:
+    """Tokens that a forward has decided; the canvas knows them already.
+
+    Args:
+        rows, columns: Where they stand.
+        scores, logits: (decided, vocab), from which each was drawn: after and before the logits processors.
+    """
+
+    rows: list[int]
+    columns: list[int]
+    scores: torch.FloatTensor
+    logits: torch.FloatTensor
+
+
+class DecodingStrategy(ABC):
+    """Says what is fed to each forward, and decides with its logits."""
+
+    in_lockstep = False
+    """Whether all rows stand at the same place in every step."""
+
+    @abstractmethod
+    def next_feed(self) -> Feed:
+        """What the next forward gets."""
+
+    @abstractmethod
+    def decide(self, logits: torch.FloatTensor, step: int) -> Decisions:
+        """Decides tokens with the logits (kept slots of all rows, vocab) of forward number `step`."""
+
+    def statistics(self) -> dict[str, list[int]]:
+        """What else `generate` reports of each row, by the names of [`EsoGenerateOutput`]."""
+        return {}
+
+
+class TokenSampler:
+    """How a token is chosen: logits processors, then a draw, or the most probable one.
+
+    Args:
+        processors: From `for_slots`.
+        is_greedy: Whether the most probable token is taken.
+        generator: Source of randomness; None: torch's global one; a list: one for each row.
+        mask_token_id: Which is never chosen.
+    """
+
+    def __init__(
+        self,
+        processors: list[LogitsProcessor | SlotProcessor],
+        is_greedy: bool,
+        generator: Generators,
+        mask_token_id: int,
+    ):
+        self.processors, self.is_greedy = processors, is_greedy
+        self.generator, self.mask_token_id = generator, mask_token_id
+        self.looks_at_text = not all(type(processor) in TEXT_FREE_PROCESSORS for processor in processors)
+
+    def process(
+        self, logits: torch.FloatTensor, canvas: Canvas, rows: list[int], columns: list[int]
+    ) -> torch.FloatTensor:
+        """The scores (slots, vocab) to choose from, at (rows, columns) of the canvas; the logits stay as they are."""
+        if not self.processors:
+            return logits
+        scores = process_logits(self.processors, logits.clone(), canvas, rows, columns)  # they may work in place
+        scores[:, self.mask_token_id] = -torch.inf
+        return scores
+
+    def probabilities(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The distribution (slots, vocab) of the token: softmax of the scores, or all on the largest one."""
+        if not self.is_greedy:
+            return scores.softmax(dim=-1)
+        return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+
+    def uniform(self, counts: list[int], device: torch.device) -> torch.Tensor:
+        """`counts[r]` uniform numbers for row r."""
+        return draw_uniform(counts, self.generator, device)
+
+
+def is_drawable(scores: torch.FloatTensor) -> torch.BoolTensor:
+    """(slots,): whether there is a token to draw."""
+    return scores.amax(dim=-1).isfinite()
+
+
+def require_drawable(is_drawable: list[float]) -> None:
+    """Raises a ValueError if some slot has no token to draw."""
+    if not all(is_drawable):
+        raise ValueError(
+            "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an overflow in "
+            "the model (float16?) or for a `logits_processor` that forbids everything."
+        )
+
+
+class Decoder:
+    """Runs forwards on top of a cache, in the cheapest way that the rows of a batch allow.
+
+    Rows that stand at the same place need no mask, or one of their own slots alone. Rows that do not, and steps of
+    static shape, need one of the length of the cache.
+
+    Args:
+        model: An Eso-LM.
+        cache: A [`PreallocatedCache`]; another cache, if all rows stand at the same place in every step; or None.
+        compiled_forward: Runs the steps that have a static shape, if the cache is compileable. The first forward,
+            which may hold a prompt, and those of more than `MAX_COMPILED_SLOTS` a row are run as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: Cache | None, compiled_forward: Callable | None = None):
+        self.model, self.cache = model, cache
+        self.compiled_forward = compiled_forward or model
+
+    @torch.no_grad()
+    def __call__(self, feed: Feed) -> torch.FloatTensor:
+        """Returns (kept slots of all rows, vocab), logits in float32, row by row."""
+        cache, device = self.cache, self.model.device
+        batch, num_slots = feed.input_ids.shape
+        num_kept = max(len(kept) for kept in feed.kept)
+        is_static = self._has_static_shape(num_slots)
+        if is_static:
+            num_kept = _next_power_of_two(num_kept)
+            num_slots = max(_next_power_of_two(num_slots), 2 * num_kept)
+        is_uniform = not is_static and len(set(feed.starts)) == 1
+
+        # Which of the slots of its row each one is: beyond the last that counts, the last once more. Rows that are
+        # done, and feed nothing, write over a slot that no other will see.
+        own = torch.arange(num_slots).expand(batch, num_slots)
+        if not is_uniform:
+            own = own.minimum(torch.tensor(feed.num_fed)[:, None] - 1).clamp(min=0)
+        starts = torch.tensor(feed.starts)[:, None] - (torch.tensor(feed.num_fed)[:, None] == 0).long()
+        starts = starts.clamp(min=0)
+        input_ids, position_ids, row_slots = torch.stack(
+            [feed.input_ids.gather(1, own), feed.position_ids.gather(1, own), starts + own]
+        ).to(device)
+        attention_mask = None
+        if is_uniform:
+            _rewind(cache, feed.starts[0])
+            if feed.horizon is not None:
+                attention_mask = self._narrow_mask(feed)
+        elif cache is not None:
+            num_keys = max(start + fed for start, fed in zip(feed.starts, feed.num_fed, strict=True))
+            if is_static:
+                num_keys = min(cache.max_length, math.ceil(num_keys / KEYS_AT_A_TIME) * KEYS_AT_A_TIME)
+            cache.keep(num_keys, row_slots=row_slots)
+            attention_mask = self._wide_mask(feed, own, starts, num_keys)
+
+        first_kept = torch.tensor([kept.start for kept in feed.kept])[:, None]
+        slots_to_keep = (first_kept + torch.arange(num_kept)).clamp(max=num_slots - 1)
+        forward = self.compiled_forward if is_static else self.model
+        logits = forward(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            past_key_values=cache,
+            logits_to_keep=slots_to_keep.to(device),
+        ).logits
+        # A CUDA graph will write its next logits to the same place.
+        logits = logits.to(torch.float32, copy=is_static).flatten(0, 1)
+        num_kept_of_row = torch.tensor([len(kept) for kept in feed.kept])[:, None]
+        is_kept = (torch.arange(num_kept) < num_kept_of_row).flatten()
+        return logits if is_kept.all() else logits[is_kept.nonzero()[:, 0].to(device)]
+
+    def _has_static_shape(self, num_slots: int) -> bool:
+        cache = self.cache
+        is_compileable = isinstance(cache, PreallocatedCache) and cache.is_compileable and cache.is_initialized
+        return is_compileable and num_slots <= MAX_COMPILED_SLOTS
+
+    def _narrow_mask(self, feed: Feed) -> torch.BoolTensor:
+        """What each fed slot sees of the fed ones, (batch, 1, fed, fed); all of them see what is cached."""
+        key = torch.arange(feed.input_ids.shape[1])
+        is_earlier_mask = (feed.first_mask[..., None] <= key) & (key <= key[:, None])
+        return ((key < feed.horizon[..., None]) | is_earlier_mask)[:, None].to(self.model.device)
+
+    def _wide_mask(
+        self, feed: Feed, own: torch.Tensor, starts: torch.Tensor, num_keys: int
+    ) -> torch.Tensor | BlockMask:
+        """What each fed slot sees of the cached ones (all of its row) and of the fed ones."""
+        device = self.model.device
+        horizon = own + 1 if feed.horizon is None else feed.horizon.gather(1, own)
+        first = own if feed.first_mask is None else feed.first_mask.gather(1, own)
+        horizon, first, last = torch.stack([horizon + starts, first + starts, own + starts]).to(device)
+
+        def sees(row, head, query, key):
+            return (key < horizon[row, query]) | ((first[row, query] <= key) & (key <= last[row, query]))
+
+        return make_attention_mask(self.model.config, sees, *own.shape, num_keys, self.model.dtype, device)
+
+
+def _rewind(cache: Cache | None, length: int) -> None:
+    """Forgets all slots of a cache but the first `length`."""
+    if isinstance(cache, PreallocatedCache):
+        cache.keep(length)
+    elif cache is not None and cache.get_seq_length() > length:
+        cache.crop(length - cache.get_seq_length())
+
+
+def _next_power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,379 @@
+"""Lossless decoding draws what one-token sampling would draw: counted, against probabilities worked out one by one."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import random_batch, randomized_model
+from transformers import LogitsProcessor
+
+from eso_lm import lossless
+from eso_lm.generation_order import plan_generation
+from eso_lm.lossless import DRAFT_LENGTHS, DraftLength, tokens_for_time
+
+VOCAB, LENGTH, SAMPLES = 3, 4, 2500
+
+
+@torch.no_grad()
+def one_token_probabilities(model, order: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """p(x | σ) of all texts of `LENGTH` tokens, (3,) * LENGTH, by plain forwards with one mask at the end."""
+    texts = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
+    joint = torch.ones(len(texts), dtype=torch.float64)
+    for slot, place in enumerate(order):
+        ids = torch.cat([texts[:, order[:slot]], torch.full((len(texts), 1), VOCAB)], dim=-1)
+        logits = model(ids, position_ids=torch.tensor([order[: slot + 1]])).logits[:, -1].double()
+        joint *= (logits / temperature).softmax(dim=-1).gather(1, texts[:, place, None])[:, 0]
+    return joint.view((VOCAB,) * LENGTH)
+
+
+def chi_square(sequences: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """In standard deviations from its expectation; texts that are expected less than 5 times count as one."""
+    expected, counts = len(sequences) * probabilities.flatten(), count(sequences)
+    is_rare = expected < 5
+    expected = torch.cat([expected[~is_rare], expected[is_rare].sum(dim=0, keepdim=True)])
+    counts = torch.cat([counts[~is_rare], counts[is_rare].sum(dim=0, keepdim=True)])
+    statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum().item()
+    degrees = len(expected) - 1 - int(not is_rare.any())
+    return (statistic - degrees) / (2 * degrees) ** 0.5
+
+
+def count(sequences: torch.Tensor) -> torch.Tensor:
+    """How often each text of `LENGTH` tokens is there."""
+    strides = torch.tensor([VOCAB**place for place in reversed(range(LENGTH))])
+    return torch.bincount((sequences * strides).sum(dim=-1), minlength=VOCAB**LENGTH).double()
+
+
+def draw(model, draft_length, seed: int = 0, **settings) -> torch.Tensor:
+    torch.manual_seed(seed)
+    settings = {"alpha_0": 1.0, "num_return_sequences": SAMPLES, "max_new_tokens": LENGTH} | settings
+    return model.generate(lossless=True, draft_length=draft_length, **settings)
+
+
+@pytest.fixture(scope="module")
+def language():
+    """A model of 3 tokens and a mask, in which tokens drawn together differ from tokens drawn one by one."""
+    return randomized_model(vocab_size=VOCAB + 1, scale=0.15, seed=0)
+
+
+@pytest.mark.parametrize("draft_length", [1, 2, 4, "auto"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_samples_follow_the_exact_distribution_left_to_right(language, draft_length, temperature):
+    exact = one_token_probabilities(language, [0, 1, 2, 3], temperature)
+    assert exact.sum() == pytest.approx(1)
+    for plan in ({"alpha_0": 1.0, "unmasking_order": "left_to_right"}, {"alpha_0": 0.0}):
+        samples = draw(language, draft_length, temperature=temperature, **plan)
+        assert abs(chi_square(samples, exact)) < 4
+    if temperature == 1.0:
+        texts = torch.tensor(list(itertools.product(range(VOCAB), repeat=LENGTH)))
+        scored = language.log_likelihood(texts, orders=torch.arange(LENGTH)[None]).log_likelihood.exp()
+        torch.testing.assert_close(scored.double(), exact.flatten(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"unmasking_order": "random", "alpha_0": 1.0},
+        {"unmasking_order": "random", "alpha_0": 0.5},
+        {"unmasking_order": "strided", "alpha_0": 1.0},
+        {"unmasking_order": "random", "alpha_0": 1.0, "block_length": 2},
+    ],
+)
+def test_samples_follow_the_exact_distribution_in_any_order(language, plan):
+    draft_length = 3
+    exact = torch.zeros((VOCAB,) * LENGTH, dtype=torch.float64)
+    # One plan a call fixes what its rows share: the mixture of many.
+    frequencies = {}
+    for seed in range(300):
+        orders, _ = plan_generation(
+            30, LENGTH, num_candidates=draft_length, generator=torch.Generator().manual_seed(seed), **plan
+        )
+        for order in map(tuple, orders.tolist()):
+            frequencies[order] = frequencies.get(order, 0) + 1 / 9000
+    for order, frequency in frequencies.items():
+        exact += frequency * one_token_probabilities(language, list(order))
+    generators = [torch.Generator().manual_seed(10**6 + row) for row in range(SAMPLES)]
+    assert abs(chi_square(draw(language, draft_length, generator=generators, **plan), exact)) < 4
+
+
+def test_tokens_drawn_in_parallel_do_not(language):
+    """What the tests above can see: the paper's sampler at the same number of forwards."""
+    exact = one_token_probabilities(language, [0, 1, 2, 3])
+    torch.manual_seed(0)
+    samples = language.generate(
+        max_new_tokens=LENGTH,
+        num_return_sequences=SAMPLES,
+        alpha_0=1.0,
+        unmasking_order="left_to_right",
+        num_diffusion_steps=1,
+    )
+    assert chi_square(samples, exact) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "broken"),
+    [
+        ("accepts", lambda p, q, uniform: torch.ones_like(p, dtype=torch.bool)),
+        ("accepts", lambda p, q, uniform: uniform < p),
+        ("what_drafts_leave", lambda p, q: p.double()),
+    ],
+)
+def test_broken_rules_are_noticed(language, monkeypatch, name, broken):
+    exact = one_token_probabilities(language, [0, 1, 2, 3])
+    monkeypatch.setattr(lossless, name, broken)
+    assert chi_square(draw(language, 4, unmasking_order="left_to_right"), exact) > 8
+
+
+@pytest.mark.parametrize("cache", [{}, {"use_cache": False}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("order", ["random", "strided", "left_to_right"])
+@pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
+def test_drafts_of_one_token_are_one_token_sampling(attention, cache, order, alpha_0):
+    model = randomized_model(attention)
+    plan = {"alpha_0": alpha_0, "unmasking_order": order, "max_new_tokens": 20, "num_return_sequences": 2}
+    torch.manual_seed(0)
+    expected = model.generate(entropy_bound=0.0, num_candidates=1, return_dict_in_generate=True, **plan)
+    torch.manual_seed(0)
+    output = model.generate(lossless=True, draft_length=1, return_dict_in_generate=True, **plan, **cache)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(output.unmasking_steps, expected.unmasking_steps)
+    torch.testing.assert_close(output.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+    assert output.drafts_offered.tolist() == [0, 0]
+    assert output.forwards_per_row.tolist() == [20, 20]
+
+
+def test_perfect_drafts_are_all_accepted():
+    """Of a model whose tokens do not look at one another."""
+    model = randomized_model()
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+    output = model.generate(max_new_tokens=24, lossless=True, draft_length=4, return_dict_in_generate=True)
+    assert output.drafts_accepted.tolist() == output.drafts_offered.tolist() == [18]
+    # Six drafts of four; the last of them is judged by a forward of its own.
+    assert output.num_function_evaluations == 7
+
+
+def test_the_most_probable_tokens_do_not_depend_on_the_drafts():
+    model = randomized_model()
+    settings = {"max_new_tokens": 24, "do_sample": False, "alpha_0": 0.0, "return_dict_in_generate": True}
+    expected = model.generate(**settings)
+    for draft_length in (1, 2, 5, 24, "auto"):
+        output = model.generate(lossless=True, draft_length=draft_length, **settings)
+        assert torch.equal(output.sequences, expected.sequences)
+        torch.testing.assert_close(output.log_probs, expected.log_probs, atol=1e-4, rtol=0)
+
+
+def ragged_prompts(model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Left and right padding, holes, and a row with nothing to do but at its end."""
+    prompts = random_batch(model, 4, 9)
+    attention_mask = torch.ones_like(prompts)
+    attention_mask[0, :4] = attention_mask[1, 6:] = 0
+    prompts[2, [1, 5, 6]] = prompts[1, 2] = model.config.mask_token_id
+    return prompts, attention_mask
+
+
+@pytest.mark.parametrize("draft_length", [3, "auto"])
+@pytest.mark.parametrize(
+    "schedule", [{"alpha_0": 0.5}, {"alpha_0": 1.0, "unmasking_order": "strided"}, {"alpha_0": 1.0, "block_length": 5}]
+)
+def test_every_row_is_decoded_as_if_alone(attention, schedule, draft_length):
+    """Padding, holes, other rows and the kind of cache change nothing: the same draws give the same tokens."""
+    model = randomized_model(attention)
+    prompts, attention_mask = ragged_prompts(model)
+
+    def generate(rows: list[int], **settings):
+        ids, mask = prompts[rows], attention_mask[rows]
+        if len(rows) == 1:
+            ids, mask = ids[:, mask[0].bool()], None
+        return model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=10,
+            lossless=True,
+            draft_length=draft_length,
+            generator=[torch.Generator().manual_seed(row) for row in rows],
+            return_dict_in_generate=True,
+            output_logits=True,
+            **schedule,
+            **settings,
+        )
+
+    together = generate([0, 1, 2, 3])
+    for cache in ({"use_cache": False}, {"cache_implementation": "static"}):
+        other = generate([0, 1, 2, 3], **cache)
+        assert torch.equal(other.sequences, together.sequences)
+        torch.testing.assert_close(other.logits, together.logits, atol=1e-4, rtol=0)
+    for row in range(4):
+        alone = generate([row])
+        is_real = torch.cat([attention_mask[row], torch.ones(10)]).bool()
+        assert torch.equal(alone.sequences[0], together.sequences[row, is_real])
+        torch.testing.assert_close(alone.log_probs[0], together.log_probs[row, is_real], atol=1e-4, rtol=0)
+        assert alone.drafts_accepted[0] == together.drafts_accepted[row]
+        assert alone.forwards_per_row[0] == together.forwards_per_row[row] == alone.num_function_evaluations
+        assert 0 < alone.drafts_accepted[0] <= alone.drafts_offered[0]
+
+
+@pytest.mark.parametrize("draft_length", [2, 5])
+def test_log_probs_add_up_to_the_exact_likelihood(draft_length):
+    """With holes in the prompt and a temperature, which the model's own distribution does not know."""
+    model = randomized_model()
+    prompt = random_batch(model, 2, 8)
+    context = torch.ones(2, 18, dtype=torch.long)
+    prompt[:, [2, 5]] = model.config.mask_token_id
+    context[:, [2, 5]] = context[:, 8:] = 0
+    torch.manual_seed(0)
+    output = model.generate(
+        prompt,
+        max_new_tokens=10,
+        alpha_0=0.0,
+        lossless=True,
+        draft_length=draft_length,
+        temperature=1.5,
+        return_dict_in_generate=True,
+    )
+    exact = model.log_likelihood(output.sequences, context_mask=context, alpha_0=0.0)
+    torch.testing.assert_close(output.log_probs.sum(dim=-1), exact.log_likelihood, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.log_probs, exact.token_log_probs[:, 0], atol=1e-4, rtol=0)
+
+
+def test_a_forward_takes_at_most_three_slots_for_each_token_of_a_draft():
+    model, widths, starts = randomized_model(), [], []
+
+    def note(module, args, kwargs):
+        widths.append(kwargs["input_ids"].shape[1])
+        starts.append(kwargs["past_key_values"].get_seq_length())
+
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
+    output = model.generate(max_new_tokens=32, lossless=True, draft_length=4, return_dict_in_generate=True)
+    hook.remove()
+    assert max(widths) <= 12
+    assert len(widths) == output.num_function_evaluations < 32
+    assert starts == sorted(starts)
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "own"])
+def test_processors_that_look_at_the_text_see_the_drafts_before(language, name):
+    """Against one-token sampling with the same processors, which is counted too."""
+
+    class NotTheSameAgain(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1]:
+                scores = scores.scatter_add(1, input_ids[:, -1:], torch.full((len(scores), 1), -3.0))
+            return scores
+
+    controls = {"repetition_penalty": {"repetition_penalty": 3.0}, "own": {"logits_processor": [NotTheSameAgain()]}}
+    control = controls[name]
+    plan = {"alpha_0": 1.0, "unmasking_order": "left_to_right"}
+    torch.manual_seed(1)
+    reference = language.generate(max_new_tokens=LENGTH, num_return_sequences=4 * SAMPLES, alpha_0=0.0, **control)
+    frequencies = count(reference) / len(reference)
+    # The reference has noise of its own, a quarter of the samples': the statistic is expected at 1.25 times its own.
+    spread = 0.25 * (VOCAB**LENGTH / 2) ** 0.5
+    assert abs(chi_square(draw(language, 3, **plan, **control), frequencies) - spread) < 5
+    assert chi_square(draw(language, 3, **plan), frequencies) > 20
+
+
+def test_no_repeated_ngrams_at_all():
+    """In parallel drawing, tokens of one forward may repeat; drafts are judged one after the other."""
+    model = randomized_model(vocab_size=12)
+    torch.manual_seed(0)
+    texts = model.generate(
+        num_return_sequences=20, max_new_tokens=14, lossless=True, draft_length=6, no_repeat_ngram_size=2, alpha_0=1.0
+    )
+    for text in texts.tolist():
+        bigrams = list(itertools.pairwise(text))
+        assert len(set(bigrams)) == len(bigrams)
+
+
+def test_ends_of_text_streamers_and_criteria(language):
+    """The end of the text is distributed as in one-token sampling; what is streamed is what is returned."""
+
+    class Collector:
+        def __init__(self):
+            self.tokens = []
+
+        def put(self, value):
+            self.tokens += value.flatten().tolist()
+
+        def end(self):
+            self.tokens.append("end")
+
+    exact = one_token_probabilities(language, [0, 1, 2, 3])
+    torch.manual_seed(0)
+    texts = draw(language, 3, alpha_0=0.0, eos_token_id=2, pad_token_id=1)
+    for end in range(LENGTH):
+        is_ended = (texts == 2).int().argmax(dim=-1).eq(end) & (texts == 2).any(dim=-1)
+        assert (texts[is_ended, end + 1 :] == 1).all()
+        expected = exact[(slice(0, 2),) * end + (2,)].sum().item()
+        error = (expected * (1 - expected) / SAMPLES) ** 0.5
+        assert is_ended.double().mean().item() == pytest.approx(expected, abs=4 * error)
+
+    model, collector = randomized_model(), Collector()
+    text = model.generate(max_new_tokens=20, lossless=True, draft_length=4, streamer=collector)
+    assert collector.tokens == [*text[0].tolist(), "end"]
+
+    stopped = model.generate(
+        max_new_tokens=20,
+        lossless=True,
+        draft_length=4,
+        alpha_0=0.0,
+        stopping_criteria=[lambda ids, scores: torch.tensor([ids.shape[1] == 7])],
+    )
+    assert stopped.shape == (1, 20)
+    assert (stopped[0, :7] != 0).any()
+    assert not stopped[0, 7:].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(rate=st.floats(0, 1), length=st.sampled_from(DRAFT_LENGTHS[1:]))
+def test_expected_tokens_of_a_draft(rate, length):
+    """Against a sum over the number of accepted drafts; at no cost of a slot and every draft accepted, k a forward."""
+    tokens, forwards = 0.0, 0.0
+    for accepted in range(length):
+        probability = rate**accepted * (1 - rate) if accepted < length - 1 else rate**accepted
+        is_refused = accepted < length - 1
+        # The accepted ones, the one in place of a refused one, and the first of the next draft.
+        tokens += probability * (accepted + is_refused + 1)
+        width = 3 * length - 1
+        forwards += probability * (1 + lossless.COST_OF_A_SLOT * width)
+        forwards += probability * is_refused * (1 + lossless.COST_OF_A_SLOT * (length + 1))
+    assert tokens_for_time(rate, length) == pytest.approx(tokens / forwards)
+
+
+def test_draft_lengths_follow_what_is_accepted():
+    always, never, fixed = DraftLength("auto"), DraftLength("auto"), DraftLength(5)
+    for _ in range(40):
+        always.update(always.value - 1, always.value - 1)
+        never.update(max(never.value - 1, 0), 0)
+        fixed.update(4, 0)
+    assert always.value >= 16
+    assert never.value <= 2
+    assert fixed.value == 5
+    for _ in range(40):
+        never.update(max(never.value - 1, 0), max(never.value - 1, 0))
+    assert never.value >= 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lossless": 1}, "`lossless` must be a bool, got 1"),
+        ({"lossless": True, "draft_length": 0}, "`draft_length` must be None, 'auto' or a positive integer, got 0"),
+        ({"lossless": True, "draft_length": "long"}, "`draft_length` must be"),
+        ({"lossless": True, "entropy_bound": 0.1}, "unset `entropy_bound`"),
+        ({"draft_length": 4}, "set `lossless` too"),
+    ],
+)
+def test_settings_are_checked(settings, message):
+    with pytest.raises(ValueError, match=message):
+        randomized_model().generate(max_new_tokens=4, **settings)
+
+
+def test_it_can_be_the_default_of_a_saved_model(tmp_path):
+    model = randomized_model()
+    model.generation_config.lossless = True
+    model.generation_config.draft_length = 3
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    output = loaded.generate(max_new_tokens=12, return_dict_in_generate=True)
+    assert output.drafts_offered.item() > 0
