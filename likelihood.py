@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 
 import torch
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
+from .cache import PreallocatedCache
+from .decoding import Decoder, Feed
 from .generation_order import order_of_slots, order_probability, sample_scoring_orders, text_positions
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
 from .sampling import on_cpu
@@ -74,6 +77,7 @@ class EsoLikelihoodMixin:
         *,
         batch_size: int | None = None,
         memory_budget: int = 2**29,
+        chunk_length: int | None = None,
     ) -> EsoLikelihoodOutput:
         """Exact log-likelihood given an order, one forward for each order; averaged over orders, a bound of log p(x).
 
@@ -94,6 +98,8 @@ class EsoLikelihoodMixin:
             generator: Source of the orders; None: torch's global one.
             batch_size: Pairs of row and order in a forward; None: what `memory_budget` holds.
             memory_budget: Bytes for a forward, roughly.
+            chunk_length: Scores so many tokens a forward, on top of a cache, as lossless decoding judges its drafts:
+                the memory then grows with the length of the text and not with its square. None: all at once.
 
         Returns:
             [`EsoLikelihoodOutput`].
@@ -136,6 +142,7 @@ class EsoLikelihoodMixin:
             batch_size,
             memory_budget,
             "Orders",
+            chunk_length,
         )
         # From slots back to columns.
         slot_of_column = order.argsort(dim=-1)
@@ -273,6 +280,7 @@ class EsoLikelihoodMixin:
         batch_size: int | None,
         memory_budget: int,
         title: str,
+        chunk_length: int | None = None,
     ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
         """Log-probabilities of the targets at the wanted slots, batch by batch, in evaluation mode.
 
@@ -283,48 +291,106 @@ class EsoLikelihoodMixin:
         """
         if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
             raise ValueError(f"`batch_size` must be None or a positive integer, got {batch_size!r}.")
+        if chunk_length is not None and not (is_integer(chunk_length) and chunk_length >= 1):
+            raise ValueError(f"`chunk_length` must be None or a positive integer, got {chunk_length!r}.")
         if not is_number(memory_budget) or not memory_budget > 0:
             raise ValueError(f"`memory_budget` must be a positive number of bytes, got {memory_budget!r}.")
-        config, device = self.config, self.device
+        pairs, slots = input_ids.shape
         values, is_greedy = torch.zeros(input_ids.shape), torch.ones(input_ids.shape, dtype=torch.bool)
         if batch_size is None:
-            slots = 2 * input_ids.shape[1]
-            scores = config.num_attention_heads if config._attn_implementation == "eager" else 1
-            # Hidden states of a layer with its MLP and residuals in float32, and a mask or attention scores.
-            bytes_per_pair = 4 * slots * (12 * config.hidden_size + scores * slots)
-            batch_size = max(1, int(memory_budget // max(bytes_per_pair, 1)))
+            batch_size = max(1, int(memory_budget // max(self._bytes_per_pair(slots, chunk_length), 1)))
+        score = self._score_batch if chunk_length is None else partial(self._score_chunks, chunk_length=chunk_length)
         training = [module for module in self.modules() if module.training]
         self.eval()
         try:
-            starts = range(0, len(input_ids), batch_size)
-            for start in tqdm(starts, desc=title, delay=10):
+            for start in tqdm(range(0, pairs, batch_size), desc=title, delay=10):
                 batch = slice(start, start + batch_size)
-                if not is_wanted[batch].any():
-                    continue
-                labels = targets[batch].to(device)
-                states, rows, slots = self._states_at(
-                    is_wanted[batch].to(device),
-                    input_ids[batch].to(device),
-                    None,
-                    position_ids[batch].to(device),
-                    None,  # padding is last
-                    labels,
-                    sequential_rows[batch].to(device),
-                )
-                labels = labels[rows, slots]
-                log_probs, hits = [], []
-                for part in torch.arange(len(states)).split(max(1, LOGITS_AT_A_TIME // config.vocab_size)):
-                    part = slice(int(part[0]), int(part[-1]) + 1)
-                    logits = self._logits(states[part]).float()
-                    log_probs.append(-F.cross_entropy(logits, labels[part], reduction="none"))
-                    hits.append(logits.argmax(dim=-1) == labels[part])
-                rows, slots = rows.cpu() + start, slots.cpu()
-                values[rows, slots] = torch.cat(log_probs).cpu()
-                is_greedy[rows, slots] = torch.cat(hits).cpu()
+                if is_wanted[batch].any():
+                    arguments = (input_ids, targets, position_ids, is_wanted, sequential_rows)
+                    rows, slots, log_probs, hits = score(*(tensor[batch] for tensor in arguments))
+                    values[rows + start, slots], is_greedy[rows + start, slots] = log_probs, hits
         finally:
             for module in training:
                 module.training = True
         return values, is_greedy
+
+    def _bytes_per_pair(self, slots: int, chunk_length: int | None) -> int:
+        """Roughly, what a forward needs for a row: hidden states of a layer, a mask or attention scores, a cache."""
+        config = self.config
+        scores = config.num_attention_heads if config._attn_implementation == "eager" else 1
+        fed, cached = (2 * slots, 0) if chunk_length is None else (2 * chunk_length, slots + chunk_length)
+        cache = 2 * config.num_hidden_layers * cached * config.hidden_size
+        return 4 * (fed * (12 * config.hidden_size + scores * (cached or fed)) + cache)
+
+    def _score_batch(
+        self,
+        input_ids: torch.LongTensor,
+        targets: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        is_wanted: torch.BoolTensor,
+        sequential_rows: torch.BoolTensor,
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.FloatTensor, torch.BoolTensor]:
+        """In one forward: rows and slots that are wanted, log p of their targets, whether none is more probable."""
+        device = self.device
+        labels = targets.to(device)
+        states, rows, slots = self._states_at(
+            is_wanted.to(device),
+            input_ids.to(device),
+            None,
+            position_ids.to(device),
+            None,  # padding is last
+            labels,
+            sequential_rows.to(device),
+        )
+        labels = labels[rows, slots]
+        log_probs, hits = [], []
+        for part in torch.arange(len(states)).split(max(1, LOGITS_AT_A_TIME // self.config.vocab_size)):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            logits = self._logits(states[part]).float()
+            log_probs.append(-F.cross_entropy(logits, labels[part], reduction="none"))
+            hits.append(logits.argmax(dim=-1) == labels[part])
+        return rows.cpu(), slots.cpu(), torch.cat(log_probs).cpu(), torch.cat(hits).cpu()
+
+    def _score_chunks(
+        self,
+        input_ids: torch.LongTensor,
+        targets: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        is_wanted: torch.BoolTensor,
+        sequential_rows: torch.BoolTensor,
+        chunk_length: int,
+    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.FloatTensor, torch.BoolTensor]:
+        """The same for rows of the sequential phase, `chunk_length` slots at a time on top of a cache.
+
+        This is how lossless decoding judges its drafts: a forward takes the tokens, causal, and for each of them a
+        mask that sees what is before it.
+        """
+        batch, length = input_ids.shape
+        decoder = Decoder(self, PreallocatedCache(self.config.num_hidden_layers, length + chunk_length))
+        scored = []
+        for start in range(0, length, chunk_length):
+            chunk = slice(start, min(start + chunk_length, length))
+            size = chunk.stop - start
+            own = torch.arange(2 * size).expand(batch, -1)
+            content, positions = targets[:, chunk], position_ids[:, chunk]
+            # Given tokens come first, and padding last: what is wanted is in one piece.
+            first, count = is_wanted[:, chunk].long().argmax(dim=-1).tolist(), is_wanted[:, chunk].sum(dim=-1).tolist()
+            logits = decoder(
+                Feed(
+                    starts=[start] * batch,
+                    input_ids=torch.cat([content, torch.full_like(content, self.config.mask_token_id)], dim=-1),
+                    position_ids=torch.cat([positions, positions], dim=-1),
+                    num_fed=[2 * size] * batch,
+                    kept=[range(size + one, size + one + many) for one, many in zip(first, count, strict=True)],
+                    horizon=torch.where(own < size, own + 1, own - size),
+                    first_mask=own,
+                )
+            )
+            rows, slots = is_wanted[:, chunk].nonzero().unbind(dim=-1)
+            labels = targets[rows, slots + start].to(logits.device)
+            log_probs = -F.cross_entropy(logits, labels, reduction="none").cpu()
+            scored.append((rows, slots + start, log_probs, (logits.argmax(dim=-1) == labels).cpu()))
+        return tuple(torch.cat(parts) for parts in zip(*scored, strict=True))
 
 
 def _check_orders(orders: torch.LongTensor, batch: int, length: int) -> torch.LongTensor:

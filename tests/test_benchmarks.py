@@ -2,6 +2,7 @@
 
 import json
 
+import lossless_speed
 import pytest
 import speed
 from tiny_models import random_batch, randomized_model
@@ -46,3 +47,21 @@ def test_summaries_are_medians_and_quartiles():
     assert speed.summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
     summary = speed.summary([float(value) for value in range(1, 8)])
     assert summary == {"median": 4.0, "low": pytest.approx(2.0), "high": pytest.approx(6.0)}
+
+
+def test_lossless_at_toy_size(tmp_path):
+    randomized_model().save_pretrained(tmp_path / "model")
+    lossless_speed.main(
+        lossless_speed.parse_args(
+            f"--model {tmp_path / 'model'} --output {tmp_path} --lengths 12 --repeats 1 "
+            "--orders strided random --alphas 1.0 0.5 --drafts 2 auto".split()
+        )
+    )
+    rows = json.loads((tmp_path / "lossless.json").read_text())["rows"]
+    assert len(rows) == 8
+    for row in rows:
+        assert 1 <= row["tokens_per_forward"] <= 12
+        assert 0 < row["accepted"] <= 1
+        assert row["speedup"] == pytest.approx(row["one_token_ms"] / row["ms_per_token"])
+    assert (tmp_path / "lossless.md").read_text().count("\n") == 12
+    assert (tmp_path / "lossless.png").stat().st_size > 5000

@@ -280,3 +280,35 @@ def test_empty_and_fully_given_texts_have_probability_one():
     text = random_batch(model, 2, 3)
     assert model.log_likelihood(text, context_mask=torch.ones(2, 3), num_orders=2).log_likelihood.tolist() == [0, 0]
     assert model.nelbo(text, attention_mask=torch.zeros(2, 3)).nelbo.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("chunk_length", [1, 3, 8, 20])
+def test_text_scored_in_chunks_has_the_same_likelihood(attention, chunk_length):
+    """On top of a cache, with padding, contexts of different lengths and several orders."""
+    model = randomized_model(attention=attention)
+    text = random_batch(model, 3, 10)
+    context, padding = torch.zeros_like(text), torch.ones_like(text)
+    context[0, [1, 2, 7]] = context[2, :9] = 1
+    padding[1, :4] = 0
+    arguments = {"num_orders": 3, "alpha_0": 0.6}
+    expected = model.log_likelihood(text, padding, context, generator=torch.Generator().manual_seed(0), **arguments)
+    output = model.log_likelihood(
+        text,
+        padding,
+        context,
+        generator=torch.Generator().manual_seed(0),
+        chunk_length=chunk_length,
+        batch_size=4,
+        **arguments,
+    )
+    assert torch.equal(output.orders, expected.orders)
+    assert torch.equal(output.is_greedy, expected.is_greedy)
+    torch.testing.assert_close(output.token_log_probs, expected.token_log_probs, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.log_likelihood, expected.log_likelihood, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("chunk_length", [0, 2.5, True])
+def test_chunk_lengths_are_checked(chunk_length):
+    model = randomized_model()
+    with pytest.raises(ValueError, match="`chunk_length` must be None or a positive integer"):
+        model.log_likelihood(random_batch(model, 1, 4), chunk_length=chunk_length)
