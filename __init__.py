@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .configuration_eso import EsoConfig
 from .data_collator import DataCollatorForHybridMaskedDiffusion
+from .exponential_moving_average import ExponentialMovingAverageCallback
 from .generation import EsoGenerateOutput, EsoGenerationConfig, EsoGenerationMixin
 from .held_out_evaluation import HeldOutEvaluationCallback
 from .likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
@@ -28,5 +29,6 @@ __all__ = [
     "EsoLikelihoodOutput",
     "EsoModel",
     "EsoNelboOutput",
+    "ExponentialMovingAverageCallback",
     "HeldOutEvaluationCallback",
 ]

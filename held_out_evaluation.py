@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 
 from .data_collator import IGNORED_LABEL, DataCollatorForHybridMaskedDiffusion
+from .exponential_moving_average import ExponentialMovingAverageCallback
 from .validation import is_integer
 
 
@@ -30,6 +32,7 @@ class HeldOutEvaluationCallback(TrainerCallback):
         tokenizer: Decodes the samples; None: no samples.
         num_samples, generation_settings: How many samples, and the arguments of `generate` for them.
         seed: Of the noise.
+        average: Keeps averaged weights, which are then the ones to evaluate.
 
     Raises:
         ValueError: for a dataset without tokens to score, or numbers out of range.
@@ -45,6 +48,7 @@ class HeldOutEvaluationCallback(TrainerCallback):
         num_samples: int = 2,
         generation_settings: Mapping[str, Any] | None = None,
         seed: int = 0,
+        average: ExponentialMovingAverageCallback | None = None,
     ):
         for name, value in (("every", every), ("num_draws", num_draws), ("num_samples", num_samples)):
             if not (is_integer(value) and value >= 1) and not (name == "every" and value is None):
@@ -60,6 +64,7 @@ class HeldOutEvaluationCallback(TrainerCallback):
         self.tokens = (self.is_real & ~self.is_given).sum(dim=-1)
         if not self.tokens.any():
             raise ValueError("`dataset` must hold at least one token that is not part of a prompt.")
+        self.average = average
         self.evaluated_step = None
 
     def evaluate(self, model) -> dict[str, float]:
@@ -97,23 +102,27 @@ class HeldOutEvaluationCallback(TrainerCallback):
             model.train(was_training)
         return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
 
-    def _report(self, state, model) -> None:
+    def _report(self, state, control, model) -> None:
         self.evaluated_step = state.global_step
-        self.trainer.log(self.evaluate(model))
-        if self.tokenizer is not None:
-            state.log_history.append({"samples": self.sample(model), "step": state.global_step})
+        # To the trainer one log is as good as another: the training loss of this step would go unreported.
+        should_log = control.should_log
+        with nullcontext() if self.average is None else self.average.applied():
+            self.trainer.log(self.evaluate(model))
+            if self.tokenizer is not None:
+                state.log_history.append({"samples": self.sample(model), "step": state.global_step})
+        control.should_log = should_log
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if self.every is not None and state.global_step % self.every == 0:
-            self._report(state, model)
+            self._report(state, control, model)
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         if self.every is None:
-            self._report(state, model)
+            self._report(state, control, model)
 
     def on_train_end(self, args, state, control, model=None, **kwargs):
         if self.evaluated_step != state.global_step:
-            self._report(state, model)
+            self._report(state, control, model)
 
 
 __all__ = ["HeldOutEvaluationCallback"]

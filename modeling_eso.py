@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import BlockMask, create_causal_mask
@@ -645,7 +646,15 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         # The phases run one after the other, each at its own width: the second stream costs only its own rows.
         diffusion = (~sequential_rows).nonzero()[:, 0]
         sequential = sequential_rows.nonzero()[:, 0]
-        states = []
+        states, idle = [], 0
+        if _is_sharded(self):
+            # Every call of the backbone gathers weights from all processes: they have to make the same calls.
+            has_phase = torch.tensor([len(diffusion), len(sequential)], device=labels.device).clamp(max=1)
+            is_anywhere = has_phase.clone()
+            torch.distributed.all_reduce(is_anywhere, op=torch.distributed.ReduceOp.MAX)
+            for _ in range(int((is_anywhere - has_phase).sum())):
+                mask = torch.full((1, 1), self.config.mask_token_id, device=labels.device)
+                idle = idle + 0 * self.model(input_ids=mask).last_hidden_state.sum()
         if len(diffusion) > 0:
             outputs = self.model(
                 input_ids=_take_rows(input_ids, diffusion),
@@ -670,7 +679,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             )
         order = torch.cat([diffusion, sequential])
         rows, slots = is_wanted[order].nonzero().unbind(dim=-1)
-        return torch.cat(states), order[rows], slots
+        return torch.cat(states) + idle, order[rows], slots
 
     @torch.compiler.disable(recursive=False)
     def _query_states(
@@ -737,6 +746,12 @@ def _implementation_for(config: EsoConfig, attention_mask: torch.Tensor | None, 
         return "eager"
     takes_tensors = config._attn_implementation != "flex_attention" and not is_flash_attention_requested(config)
     return config._attn_implementation if takes_tensors else "sdpa"
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether weights are gathered from other processes by each call: FSDP, or DeepSpeed's ZeRO-3."""
+    is_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return is_fsdp or any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
 def _is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> bool:

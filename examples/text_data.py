@@ -7,12 +7,13 @@ import sysconfig
 from pathlib import Path
 from pydoc_data import topics
 
-from datasets import Dataset, load_dataset
+from datasets import Dataset, IterableDataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 MIN_DOCUMENT_LENGTH = 80  # characters
+LAYOUTS = ("packed", "wrapped", "documents")
 HOLE = re.compile(r"<mask:(\d+)>")
 
 
@@ -41,31 +42,54 @@ def text_file_documents(folder: str | Path) -> list[str]:
     return documents
 
 
-def load_texts(name: str, config: str | None = None, split: str = "train", column: str = "text") -> list[str]:
-    """The texts of a file (.txt, .jsonl, .json, .parquet), of a folder of .txt files, or of a dataset on the Hub.
+def load_text_dataset(
+    name: str, config: str | None = None, split: str = "train", column: str = "text", streaming: bool = False
+) -> Dataset | IterableDataset:
+    """Texts in a column `text`: of a file (.txt, .jsonl, .json, .parquet), a folder of .txt files, or the Hub.
+
+    Args:
+        name: The file, the folder, the name of the dataset; or "python", for what every Python carries.
+        config, split: Of a dataset on the Hub.
+        column: Where its texts are.
+        streaming: Whether to read while training, rather than before.
 
     Raises:
         ValueError: when there is no such column, or no text in it.
     """
     path = Path(name)
-    if path.is_dir():
-        return text_file_documents(path)
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-    if path.suffix in kinds and not path.is_file():
+    if name == "python" or path.is_dir():
+        documents = python_documents() if name == "python" else text_file_documents(path)
+        data, column = Dataset.from_dict({"text": documents}), "text"
+        data = data.to_iterable_dataset() if streaming else data
+    elif path.suffix in kinds and not path.is_file():
         raise ValueError(f"There is no file {name}.")
-    if path.is_file():
+    elif path.is_file():
         if path.suffix not in kinds:
             raise ValueError(f"A file of texts must end in one of {list(kinds)}, got {name}.")
         options = {"sample_by": "document"} if path.suffix == ".txt" else {}
-        data = load_dataset(kinds[path.suffix], data_files=str(path), split=split, **options)
+        data = load_dataset(kinds[path.suffix], data_files=str(path), split="train", streaming=streaming, **options)
     else:
-        data = load_dataset(name, config, split=split)
-    if column not in data.column_names:
-        raise ValueError(f"The texts must be in a column of {name}: {data.column_names}, got {column!r}.")
-    texts = [text for text in data[column] if text is not None]
-    if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"The column {column!r} of {name} must hold texts, found {type(texts[0]).__name__}.")
-    texts = [text for text in texts if text.strip()]
+        data = load_dataset(name, config, split=split, streaming=streaming)
+    first = next(iter(data), None)
+    if first is None:
+        raise ValueError(f"{name} must hold texts, found none.")
+    if column not in first:
+        raise ValueError(f"The texts must be in a column of {name}: {list(first)}, got {column!r}.")
+    if not isinstance(first[column], str | None):
+        raise ValueError(f"The column {column!r} of {name} must hold texts, found {type(first[column]).__name__}.")
+    data = data.select_columns([column])
+    data = data if column == "text" else data.rename_column(column, "text")
+    return data.filter(lambda row: row["text"] is not None and bool(row["text"].strip()))
+
+
+def load_texts(name: str, config: str | None = None, split: str = "train", column: str = "text") -> list[str]:
+    """The texts of a file, a folder or a dataset, as a list; see `load_text_dataset`.
+
+    Raises:
+        ValueError: when there is no such column, or no text in it.
+    """
+    texts = load_text_dataset(name, config, split, column)["text"][:]
     if not texts:
         raise ValueError(f"The column {column!r} of {name} must hold texts, found none.")
     return texts
@@ -93,15 +117,48 @@ def train_tokenizer(documents: list[str], vocab_size: int, length: int) -> PreTr
 
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """Tokenizes `documents`, joins them with the end-of-text token and cuts them into blocks of `length` tokens."""
+    return tokenize(Dataset.from_dict({"text": documents}), tokenizer, length, batch_size=None)
 
-    def join_and_cut(batch: dict[str, list]) -> dict[str, list]:
+
+def tokenize(
+    data: Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    layout: str = "packed",
+    batch_size: int | None = 1000,
+) -> Dataset | IterableDataset:
+    """Turns texts into rows of at most `length` tokens.
+
+    Args:
+        data: With a column `text`.
+        tokenizer: With an end-of-text token, which also begins a text if there is no beginning-of-text token.
+        length: Tokens of a row.
+        layout: "packed": documents joined by the end-of-text token and cut into rows; "wrapped": the same, every row
+            between the beginning and the end of a text, as is usual for OpenWebText; "documents": a document a row,
+            between both, cut off at the length, as is usual for LM1B.
+        batch_size: Documents joined at a time, of which the last tokens, too few for a row, are dropped; None: all.
+
+    Raises:
+        ValueError: for an unknown layout, and a tokenizer without an end-of-text token.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {LAYOUTS}, got {layout!r}.")
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("The tokenizer must have an end-of-text token (`eos_token`), which parts documents.")
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def rows_of(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        stream = [token for ids in encoded for token in [*ids, tokenizer.eos_token_id]]
-        starts = range(0, len(stream) - length + 1, length)
-        return {"input_ids": [stream[start : start + length] for start in starts]}
+        if layout == "documents":
+            return {"input_ids": [[begin, *ids[: length - 2], end] for ids in encoded]}
+        stream = [token for ids in encoded for token in [*ids, end]]
+        size = length - 2 if layout == "wrapped" else length
+        pieces = [stream[start : start + size] for start in range(0, len(stream) - size + 1, size)]
+        return {"input_ids": [[begin, *piece, end] for piece in pieces] if layout == "wrapped" else pieces}
 
-    texts = Dataset.from_dict({"text": documents})
-    return texts.map(join_and_cut, batched=True, batch_size=None, remove_columns=["text"], desc="Packing")
+    options = {} if isinstance(data, IterableDataset) else {"desc": "Tokenizing"}
+    return data.map(rows_of, batched=True, batch_size=batch_size, remove_columns=["text"], **options)
 
 
 def fill_in_masks(text: str, mask_token: str | None) -> str:

@@ -1,4 +1,4 @@
-"""Two processes of this machine: the tensor-parallel plan, and generation in step."""
+"""Two processes of this machine: tensor parallelism, fully sharded training, and generation in step."""
 
 import os
 import subprocess
@@ -54,6 +54,63 @@ print("agreed")
 """
 
 
+FULLY_SHARDED = """
+import sys
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModel, Trainer, TrainingArguments
+from eso_lm import DataCollatorForHybridMaskedDiffusion, ExponentialMovingAverageCallback
+
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+sharded, whole = (AutoModel.from_pretrained(sys.argv[1]).train() for _ in range(2))
+for model in (sharded, whole):
+    for layer in model.model.layers:
+        layer.dropout = 0.0
+for layer in sharded.model.layers:
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+assert isinstance(next(sharded.parameters()), DTensor)
+
+trainer = Trainer(sharded, TrainingArguments(sys.argv[1], use_cpu=True, report_to="none"))
+average = ExponentialMovingAverageCallback(trainer, decay=0.5)
+collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=23, alpha_0=0.4, seed=0)
+optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in (sharded, whole)]
+average.on_train_begin(None, trainer.state, None, model=sharded)
+reference = whole.lm_head.weight.detach().clone()
+text = torch.randint(0, 23, (6, 8, 12), generator=torch.Generator().manual_seed(0))
+for step, rows in enumerate(text, 1):
+    batch = collator([{"input_ids": row} for row in rows])
+    # One process has rows of both phases, the other of one: their calls must not part.
+    order = batch["sequential_rows"].long().argsort(stable=True)
+    mine = order[[0, 1, 2, 3, 4, 5]] if rank == 0 else order[[6, 7]]
+    losses = []
+    for model, part, optimizer in zip((sharded, whole), (mine, order), optimizers):
+        optimizer.zero_grad()
+        loss = model(**{name: value[part] for name, value in batch.items()}, num_items_in_batch=96).loss
+        (loss * (2 if model is sharded else 1)).backward()  # gradients are averaged over two processes
+        optimizer.step()
+        losses.append(loss.detach())
+    dist.all_reduce(losses[0])
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    trainer.state.global_step = step
+    average.on_step_end(None, trainer.state, None, model=sharded)
+    decay = min(0.5, (1 + step) / (10 + step))
+    reference = decay * reference + (1 - decay) * whole.lm_head.weight.detach()
+torch.testing.assert_close(sharded.lm_head.weight.full_tensor(), whole.lm_head.weight, atol=1e-5, rtol=1e-4)
+trainer.model_wrapped = sharded
+with average.applied():
+    torch.testing.assert_close(sharded.lm_head.weight.full_tensor(), reference, atol=1e-5, rtol=1e-4)
+torch.testing.assert_close(sharded.lm_head.weight.full_tensor(), whole.lm_head.weight, atol=1e-5, rtol=1e-4)
+dist.barrier()
+print("agreed")
+"""
+
+
 def run_in_two_processes(script: str, tmp_path) -> None:
     randomized_model().save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(script)
@@ -67,6 +124,10 @@ def run_in_two_processes(script: str, tmp_path) -> None:
 
 def test_a_sharded_model_agrees_with_a_whole_one(tmp_path):
     run_in_two_processes(TENSOR_PARALLEL, tmp_path)
+
+
+def test_a_fully_sharded_model_learns_like_a_whole_one(tmp_path):
+    run_in_two_processes(FULLY_SHARDED, tmp_path)
 
 
 def test_processes_that_end_early_keep_step(tmp_path):

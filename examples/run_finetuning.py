@@ -1,0 +1,189 @@
+"""Fine-tune an Eso-LM on prompts and completions, or on chats: all of its weights, or LoRA adapters.
+
+python examples/run_finetuning.py --model outputs/quickstart --train_file train.jsonl --output_dir outputs/tuned
+python examples/run_finetuning.py --model outputs/quickstart --train_file train.jsonl --output_dir outputs/tuned \\
+    --lora_rank 16 --merge true
+
+A line of the file is {"prompt": ..., "completion": ...}, or {"messages": [{"role": ..., "content": ...}, ...]} for a
+tokenizer with a chat template, in which every turn of the assistant is learned. Prompts stay clean and come first in
+generation order; only completions are masked. All arguments of transformers' TrainingArguments work, and a run that
+was killed goes on as in run_pretraining.py.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, load_dataset
+from run_pretraining import with_special_tokens
+from trainer_callbacks import NoiseByEpoch, Report, WholeCheckpoints, last_whole_checkpoint
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from eso_lm import DataCollatorForHybridMaskedDiffusion, HeldOutEvaluationCallback
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class Arguments:
+    """What to tune, and on what."""
+
+    model: str = field(metadata={"help": "name or folder of the Eso-LM"})
+    train_file: str = field(metadata={"help": "JSONL of prompts and completions, or of chats"})
+    held_out_file: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
+    length: int | None = field(default=None, metadata={"help": "tokens of an example; unset: the model's context"})
+    alpha_0: float | None = field(default=None, metadata={"help": "to tune at; unset: the model's own"})
+    evaluate_every: int = field(default=200, metadata={"help": "optimiser steps between held-out evaluations"})
+
+    lora_rank: int | None = field(default=None, metadata={"help": "train LoRA adapters of this rank; unset: all"})
+    lora_alpha: int | None = field(default=None, metadata={"help": "their scale; unset: twice the rank"})
+    lora_modules: str = field(default="all-linear", metadata={"help": "'all-linear', or names with commas between"})
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: frozen weights in 4 bits (bitsandbytes)"})
+    merge: bool = field(default=False, metadata={"help": "save the model with the adapters merged into it"})
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """transformers' TrainingArguments with usual defaults for tuning."""
+
+    learning_rate: float = 1e-4
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 20
+    save_steps: float = 200
+    save_total_limit: int | None = 3
+    logging_steps: float = 20
+
+
+def main(arguments: Arguments, training: FinetuningArguments) -> None:
+    if arguments.merge and arguments.lora_rank is None:
+        raise ValueError("`merge` is for adapters: set `lora_rank` too.")
+    if arguments.load_in_4bit and arguments.lora_rank is None:
+        raise ValueError("`load_in_4bit` freezes the weights: set `lora_rank` to train adapters.")
+    checkpoint = last_whole_checkpoint(Path(training.output_dir))
+    set_seed(training.seed)
+    tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
+    model = load_model(arguments)
+    length = arguments.length or model.config.max_position_embeddings
+    data, held_out = (
+        None if name is None else load_examples(name, tokenizer, length)
+        for name in (arguments.train_file, arguments.held_out_file)
+    )
+    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, alpha_0=model.config.alpha_0)
+    trainer = Trainer(model, training, data_collator=collator, train_dataset=data, processing_class=tokenizer)
+    trainer.add_callback(NoiseByEpoch(collator, training.seed))
+    if held_out is not None:
+        trainer.add_callback(HeldOutEvaluationCallback(trainer, list(held_out), every=arguments.evaluate_every))
+    trainer.add_callback(Report())
+    trainer.add_callback(WholeCheckpoints())
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if arguments.merge:
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    trainer.save_model()
+
+
+def load_model(arguments: Arguments) -> PreTrainedModel:
+    """The model to train: itself, or with adapters in it."""
+    options: dict[str, Any] = {} if arguments.alpha_0 is None else {"alpha_0": arguments.alpha_0}
+    if arguments.load_in_4bit:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+        )
+    model = AutoModelForMaskedLM.from_pretrained(arguments.model, **options)
+    if arguments.lora_rank is None:
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if arguments.load_in_4bit:
+        model = prepare_model_for_kbit_training(model)
+    modules = arguments.lora_modules
+    lora = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
+        target_modules=modules if modules == "all-linear" else modules.split(","),
+    )
+    return get_peft_model(model, lora)
+
+
+def load_examples(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Reads a JSONL file into `input_ids` and `labels`, -100 at what is given.
+
+    Raises:
+        ValueError: for a file that is not there or of another form, and when no example has a completion in `length`.
+    """
+    if not Path(name).is_file():
+        raise ValueError(f"There is no file {name}.")
+    data = load_dataset("json", data_files=name, split="train")
+    if "messages" in data.column_names:
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"{name} holds chats, and the tokenizer has no chat template: set `tokenizer.chat_template`."
+            )
+        encode = encode_chat
+    elif {"prompt", "completion"} <= set(data.column_names):
+        encode = encode_completion
+    else:
+        raise ValueError(f"{name} must have the fields `prompt` and `completion`, or `messages`: {data.column_names}.")
+
+    def to_example(row: dict[str, Any]) -> dict[str, list[int]]:
+        input_ids, is_given = encode(row, tokenizer)
+        input_ids, is_given = input_ids[:length], is_given[:length]
+        labels = [IGNORED_LABEL if given else token for token, given in zip(input_ids, is_given, strict=True)]
+        return {"input_ids": input_ids, "labels": labels}
+
+    data = data.map(to_example, remove_columns=data.column_names, desc="Tokenizing")
+    kept = data.filter(lambda row: any(label != IGNORED_LABEL for label in row["labels"]))
+    if len(kept) == 0:
+        raise ValueError(f"No example of {name} has a completion within `length={length}` tokens.")
+    if len(kept) < len(data):
+        print(f"{name}: left out {len(data) - len(kept)} of {len(data)} examples, whose prompts fill the context.")
+    return kept
+
+
+def encode_completion(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Tokens of prompt, completion and end of text, and which of them are given."""
+    prompt = tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
+    completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return prompt + completion, [True] * len(prompt) + [False] * len(completion)
+
+
+def encode_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
+    """Tokens of a chat, and which of them are given: all but the turns of the assistant."""
+    messages = row["messages"]
+    input_ids, is_given = [], []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        asked = _apply_template(tokenizer, messages[:index], add_generation_prompt=True)
+        answered = _apply_template(tokenizer, messages[: index + 1])
+        if asked[: len(input_ids)] != input_ids or answered[: len(asked)] != asked:
+            raise ValueError("The chat template must only add to the text as the chat goes on.")
+        is_given += [True] * (len(asked) - len(input_ids)) + [False] * (len(answered) - len(asked))
+        input_ids = answered
+    return input_ids, is_given
+
+
+def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[Arguments, FinetuningArguments]:
+    parser = HfArgumentParser((Arguments, FinetuningArguments), description=__doc__)
+    return parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main(*parse_args())

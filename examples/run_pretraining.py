@@ -1,0 +1,241 @@
+"""Pretrain an Eso-LM with the plain Trainer, on any text.
+
+python examples/run_pretraining.py --dataset python --preset tiny --length 128 --alpha_0 0.25 --max_steps 1000 \\
+    --per_device_train_batch_size 16 --learning_rate 1e-3 --output_dir outputs/tiny
+accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/run_pretraining.py ...
+
+All arguments of transformers' TrainingArguments work. A run that was killed goes on from its last whole checkpoint
+when it is started again, with the same data order, noise, optimiser, averages and random states. examples/README.md
+has the settings of the paper.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from text_data import LAYOUTS, load_text_dataset, tokenize, train_tokenizer
+from trainer_callbacks import NoiseByEpoch, Report, WholeCheckpoints, last_whole_checkpoint
+from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+
+from eso_lm import (
+    DataCollatorForHybridMaskedDiffusion,
+    EsoConfig,
+    EsoForMaskedDiffusion,
+    ExponentialMovingAverageCallback,
+    HeldOutEvaluationCallback,
+)
+
+PRESETS = {  # small: the paper's
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "small": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+}
+MASK_TOKEN = "<|mask|>"
+
+
+@dataclass
+class Arguments:
+    """What to train, and on what."""
+
+    dataset: str = field(metadata={"help": "file, folder, dataset on the Hub, or 'python': text of this machine"})
+    dataset_config: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = field(default=False, metadata={"help": "read the texts while training"})
+    layout: str = field(
+        default="packed", metadata={"help": f"how documents become rows: one of {LAYOUTS}; see text_data.tokenize"}
+    )
+    length: int = field(default=1024, metadata={"help": "tokens of a row: the context"})
+    held_out_documents: int = field(default=100, metadata={"help": "first documents, kept for evaluation; 0: none"})
+    held_out_rows: int = field(default=256, metadata={"help": "rows of them that are evaluated, at most"})
+
+    tokenizer: str | None = field(default=None, metadata={"help": "name or folder; unset: train one on the texts"})
+    vocab_size: int = field(default=2048, metadata={"help": "of a tokenizer that is trained"})
+    preset: str = field(default="small", metadata={"help": f"size: one of {tuple(PRESETS)}"})
+    config: str | None = field(default=None, metadata={"help": "folder or file of an EsoConfig, in place of a preset"})
+    init_from: str | None = field(default=None, metadata={"help": "Eso-LM to go on from, say at another alpha_0"})
+    dropout: float = 0.1
+
+    alpha_0: float = field(default=1.0, metadata={"help": "1: masked diffusion, 0: left to right"})
+    diffusion_fraction: float | None = field(
+        default=None, metadata={"help": "of the rows; unset: 0.5, or all or none"}
+    )
+    loss_type: str = field(default="elbo", metadata={"help": "'elbo', or 'low_var' at alpha_0 = 1"})
+    ema_decay: float = field(default=0.9999, metadata={"help": "of the averaged weights; 0: none are kept"})
+    evaluate_every: int = field(default=1000, metadata={"help": "optimiser steps between held-out evaluations"})
+    num_samples: int = field(default=2, metadata={"help": "texts sampled at each of them"})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """transformers' TrainingArguments with the defaults of the paper; every one may be set."""
+
+    learning_rate: float = 3e-4
+    lr_scheduler_type: str = "constant_with_warmup"
+    warmup_steps: float = 2500
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    save_steps: float = 1000
+    save_total_limit: int | None = 3
+    logging_steps: float = 50
+
+
+def main(arguments: Arguments, training: PretrainingArguments) -> None:
+    check(arguments, training)
+    checkpoint = last_whole_checkpoint(Path(training.output_dir))
+    set_seed(training.seed)
+    with training.main_process_first(desc="the tokenizer and the rows"):
+        texts = load_text_dataset(
+            arguments.dataset,
+            arguments.dataset_config,
+            arguments.split,
+            arguments.text_column,
+            streaming=arguments.streaming,
+        )
+        held_out, texts = split(texts, arguments.held_out_documents)
+        tokenizer = prepare_tokenizer(arguments, texts)
+        rows, held_out_rows = (
+            None if part is None else tokenize(part, tokenizer, arguments.length, arguments.layout)
+            for part in (texts, held_out)
+        )
+    if next(iter(rows), None) is None:
+        raise ValueError(f"The texts are too short for rows of `length={arguments.length}` tokens.")
+
+    model = make_model(arguments, tokenizer)
+    collator = DataCollatorForHybridMaskedDiffusion(
+        tokenizer,
+        alpha_0=arguments.alpha_0,
+        diffusion_fraction=arguments.diffusion_fraction,
+        loss_type=arguments.loss_type,
+    )
+    trainer = Trainer(model, training, data_collator=collator, train_dataset=rows, processing_class=tokenizer)
+    trainer.add_callback(NoiseByEpoch(collator, training.seed))
+    average = None
+    if arguments.ema_decay > 0:
+        average = ExponentialMovingAverageCallback(trainer, arguments.ema_decay, resume_from=checkpoint)
+        trainer.add_callback(average)
+    if held_out_rows is not None:
+        examples = list(held_out_rows.take(arguments.held_out_rows))
+        if not examples:
+            raise ValueError(
+                f"The held-out documents are too short for rows of `length={arguments.length}` tokens: hold out more "
+                f"than {arguments.held_out_documents}, or none."
+            )
+        trainer.add_callback(
+            HeldOutEvaluationCallback(
+                trainer,
+                examples,
+                every=arguments.evaluate_every,
+                tokenizer=tokenizer if arguments.num_samples else None,
+                num_samples=max(arguments.num_samples, 1),
+                generation_settings={"max_new_tokens": min(arguments.length, 128)},
+                average=average,
+            )
+        )
+    trainer.add_callback(Report())
+    trainer.add_callback(WholeCheckpoints())
+
+    if trainer.is_world_process_zero():
+        print(f"{model.num_parameters():,} parameters, {'a new run' if checkpoint is None else f'from {checkpoint}'}")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.save_model()
+    if average is not None:
+        average.save(Path(training.output_dir) / average.folder)
+
+
+def check(arguments: Arguments, training: TrainingArguments) -> None:
+    """Raises a ValueError for settings that would waste a run."""
+    if arguments.preset not in PRESETS:
+        raise ValueError(f"`preset` must be one of {tuple(PRESETS)}, got {arguments.preset!r}.")
+    if arguments.layout not in LAYOUTS:
+        raise ValueError(f"`layout` must be one of {LAYOUTS}, got {arguments.layout!r}.")
+    if arguments.length < 4:
+        raise ValueError(f"`length` must be at least 4 tokens, got {arguments.length}.")
+    if training.save_total_limit == 1:
+        raise ValueError(
+            "`save_total_limit` must be at least 2: the last checkpoint is deleted before the next one is whole."
+        )
+    if arguments.streaming and training.max_steps <= 0:
+        raise ValueError("`max_steps` must be set for streamed texts, whose number is not known.")
+
+
+def split(texts: Dataset | IterableDataset, count: int) -> tuple[Dataset | IterableDataset | None, Dataset]:
+    """The first `count` documents, if any are held out, and the others."""
+    if count == 0:
+        return None, texts
+    if isinstance(texts, Dataset) and len(texts) <= count:
+        raise ValueError(f"`held_out_documents={count}` must be less than the number of documents, {len(texts)}.")
+    return texts.take(count), texts.skip(count)
+
+
+def prepare_tokenizer(arguments: Arguments, texts: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
+    """Loads or trains the tokenizer, and gives it a mask token, and a padding token, if it has none."""
+    if arguments.init_from is not None and arguments.tokenizer is None:
+        arguments.tokenizer = arguments.init_from
+    if arguments.tokenizer is None:
+        sample = [row["text"] for row in texts.take(20000)]
+        return train_tokenizer(sample, arguments.vocab_size, arguments.length)
+    return with_special_tokens(AutoTokenizer.from_pretrained(arguments.tokenizer))
+
+
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Adds a mask token, and a padding token, if there is none; the embeddings of the model have to grow to fit.
+
+    Raises:
+        ValueError: when the mask is a token with another meaning.
+    """
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    taken = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    for name, token_id in taken.items():
+        if token_id == tokenizer.mask_token_id:
+            raise ValueError(f"The tokenizer's mask must be a token of its own, but {token_id} is its `{name}` too.")
+    return tokenizer
+
+
+def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoForMaskedDiffusion:
+    """A new model of the size asked for, or one to go on from, with the tokenizer's vocabulary and special tokens."""
+    if arguments.init_from is not None:
+        model = EsoForMaskedDiffusion.from_pretrained(arguments.init_from, alpha_0=arguments.alpha_0, dtype="float32")
+        if model.config.mask_token_id != tokenizer.mask_token_id:
+            raise ValueError(
+                f"The mask of the model is {model.config.mask_token_id}, that of the tokenizer "
+                f"{tokenizer.mask_token_id}: pass the tokenizer that the model was trained with."
+            )
+        return model
+    tokens = {
+        "vocab_size": len(tokenizer),
+        "mask_token_id": tokenizer.mask_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if arguments.config is not None:
+        config = EsoConfig.from_pretrained(arguments.config, alpha_0=arguments.alpha_0, **tokens)
+    else:
+        config = EsoConfig(
+            **PRESETS[arguments.preset],
+            **tokens,
+            max_position_embeddings=arguments.length,
+            hidden_dropout=arguments.dropout,
+            alpha_0=arguments.alpha_0,
+        )
+    return EsoForMaskedDiffusion(config)
+
+
+def parse_args(arguments: list[str] | None = None) -> tuple[Arguments, PretrainingArguments]:
+    parser = HfArgumentParser((Arguments, PretrainingArguments), description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if len(arguments) == 1 and arguments[0].endswith((".json", ".yaml", ".yml")):
+        return (parser.parse_json_file if arguments[0].endswith(".json") else parser.parse_yaml_file)(arguments[0])
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+if __name__ == "__main__":
+    torch.set_float32_matmul_precision("high")
+    main(*parse_args())

@@ -1,0 +1,71 @@
+"""What the training recipes add to a Trainer: checkpoints that are known to be whole, noise by epoch, a report."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from eso_lm import DataCollatorForHybridMaskedDiffusion
+
+WHOLE = "complete"
+
+
+class WholeCheckpoints(TrainerCallback):
+    """Marks every checkpoint once all of it is written, by this and all other callbacks: add it last.
+
+    A process may be killed while it writes; `last_whole_checkpoint` finds the last one that was finished.
+    """
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / WHOLE).touch()
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of most steps that was written to its end, or None."""
+    whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / WHOLE).exists()]
+    return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+class NoiseByEpoch(TrainerCallback):
+    """Gives every epoch its own noise, a function of the seed, the epoch and the batch: a resumed run has the same."""
+
+    def __init__(self, collator: DataCollatorForHybridMaskedDiffusion, seed: int):
+        self.collator, self.seed = collator, seed
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.seed = self.seed * 1_000_003 + int(state.epoch or 0)
+
+
+class Report(TrainerCallback):
+    """Leaves the metrics as JSON and the losses as a plot beside the checkpoints, at each of them and at the end."""
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir)
+            (folder / "metrics.json").write_text(json.dumps(state.log_history, indent=1) + "\n", encoding="utf-8")
+            plot_losses(state.log_history, folder / "loss.png")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.on_save(args, state, control)
+
+
+def plot_losses(history: list[dict], path: Path) -> None:
+    """Training loss and held-out NELBO against the optimiser step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(5.5, 3.6))
+    for name, label in (("loss", "training loss"), ("held_out_nelbo", "held-out NELBO"), ("eval_loss", "eval loss")):
+        points = [(row["step"], row[name]) for row in history if name in row]
+        if points:
+            panel.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
+    panel.set_xlabel("optimiser steps")
+    panel.set_ylabel("nats per token")
+    panel.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
