@@ -56,6 +56,8 @@ class Arguments:
     confidence_threshold: float | None = None
     entropy_bound: float | None = None
     num_candidates: int | None = None
+    lossless: bool | None = None
+    draft_length: str | None = field(default=None, metadata={"help": "with `lossless`: a number, or auto"})
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
@@ -73,6 +75,8 @@ class Arguments:
             raise ValueError(f"`--output {self.output}` exists: name another file, or go on with it by `--resume`.")
         if self.resume and self.output is None:
             raise ValueError("`--resume` needs `--output`.")
+        if self.draft_length is not None and self.draft_length.isdigit():
+            self.draft_length = int(self.draft_length)
 
     def generation_settings(self) -> dict:
         """The settings for `generate` that have been given."""

@@ -11,6 +11,7 @@ import torch
 from run_generation import Arguments, LiveView, main, read_prompts
 from text_data import fill_in_masks, train_tokenizer
 from tiny_models import randomized_model
+from transformers import HfArgumentParser
 
 EXAMPLES = Path(run_generation.__file__).parent
 
@@ -79,6 +80,16 @@ def test_prompts_come_from_jsonl_and_texts_go_to_the_terminal(folder, tmp_path, 
     (tmp_path / "prompts.jsonl").write_text("")
     with pytest.raises(ValueError, match="holds no prompts"):
         read_prompts(Arguments(model="m", prompts=tmp_path / "prompts.jsonl"))
+
+
+@pytest.mark.parametrize("draft_length", ["4", "auto"])
+def test_lossless_from_the_command_line(folder, tmp_path, draft_length):
+    command = ["--model", str(folder), "--lossless", "true", "--draft_length", draft_length, "--num_samples", "3"]
+    command += ["--alpha_0", "1", "--max_new_tokens", "16", "--output", str(tmp_path / "samples.jsonl")]
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses(command))
+    written = records(tmp_path / "samples.jsonl")
+    assert all(record["num_function_evaluations"] <= 16 and record["log_prob"] < 0 for record in written)
+    assert any(record["num_function_evaluations"] < 16 for record in written)
 
 
 def test_live_view_draws_masks_as_dots(folder, capsys):
