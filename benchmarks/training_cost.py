@@ -2,21 +2,24 @@
 
 python benchmarks/training_cost.py          # a few minutes on 2 cores
 
-Memory is counted tensor by tensor (weights, gradients, optimiser, averages; what autograd keeps for the backward pass),
-and arithmetic by torch's own counter, so both hold for any machine. `expected_cost` has the formulas.
+Memory is counted tensor by tensor (weights, gradients, optimiser, averages; what autograd keeps for the backward
+pass), and arithmetic by torch's own counter, so both hold for any machine. `expected_cost` has the formulas.
 """
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from run_pretraining import PRESETS
 from speed import hardware
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from run_pretraining import PRESETS
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
 
@@ -55,7 +58,7 @@ def expected_cost(config: EsoConfig, slots: float, weighted: float, dtype: str, 
     width, layers = config.hidden_size, config.num_hidden_layers
     matrices = 4 * width**2 + 2 * width * config.intermediate_size  # of a layer
     logits = 4 * config.vocab_size * weighted  # float32 log-probabilities
-    copies = 2 * parameters if dtype == "bfloat16" else 0  # of the weights, by autocast
+    copies = 2 * (parameters - config.vocab_size * width) if dtype == "bfloat16" else 0  # autocast's, of the matrices
     return Cost(
         static_bytes=BYTES_OF_A_PARAMETER * parameters,
         kept_bytes=4 * VECTORS_KEPT[dtype] * width * layers * slots + logits + copies,
@@ -97,19 +100,28 @@ def measured_cost(model: EsoForMaskedDiffusion, batch: dict, dtype: str) -> tupl
     return Cost(static_bytes, kept_bytes, counter.get_total_flops()), time.perf_counter() - start
 
 
+def noisy_batch(config: EsoConfig, rows: int, length: int, alpha_0: float) -> tuple[dict, int, int]:
+    """A batch of random tokens; its slots and weighted tokens, as `expected_cost` counts them."""
+    collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=config.mask_token_id, alpha_0=alpha_0, seed=0)
+    tokens = torch.randint(config.vocab_size - 1, (rows, length)).tolist()
+    batch = collator([{"input_ids": row} for row in tokens])
+    is_weighted = batch["loss_weights"] != 0
+    # The queries of all rows are as many as those of the row that has most.
+    queries = is_weighted[batch["sequential_rows"]].sum(dim=1)
+    slots = rows * length + len(queries) * int(queries.max() if len(queries) else 0)
+    return batch, slots, int(is_weighted.sum())
+
+
+def model_config(preset: str, args: argparse.Namespace) -> EsoConfig:
+    return EsoConfig(vocab_size=args.vocab_size, hidden_dropout=0.1, **PRESETS[preset])
+
+
 def measure(preset: str, length: int, alpha_0: float, dtype: str, args: argparse.Namespace) -> dict:
     """One training step of one model."""
     torch.manual_seed(0)
-    config = EsoConfig(vocab_size=args.vocab_size, hidden_dropout=0.1, **PRESETS[preset])
+    config = model_config(preset, args)
     model = EsoForMaskedDiffusion(config).to(args.device).train()
-    collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=config.mask_token_id, alpha_0=alpha_0, seed=0)
-    rows = torch.randint(config.vocab_size - 1, (args.rows, length)).tolist()
-    batch = collator([{"input_ids": row} for row in rows])
-    is_weighted = batch["loss_weights"] != 0
-    weighted = int(is_weighted.sum())
-    # The queries of all rows are as many as those of the row that has most.
-    queries = is_weighted[batch["sequential_rows"]].sum(dim=1)
-    slots = args.rows * length + len(queries) * int(queries.max() if len(queries) else 0)
+    batch, slots, weighted = noisy_batch(config, args.rows, length, alpha_0)
     batch = {name: value.to(args.device) for name, value in batch.items()}
     measured, seconds = measured_cost(model, batch, dtype)
     expected = expected_cost(config, slots, weighted, dtype, model.num_parameters())
@@ -119,6 +131,26 @@ def measure(preset: str, length: int, alpha_0: float, dtype: str, args: argparse
         | expected.as_dict("expected")
         | measured.as_dict("measured")
     )
+
+
+def predict(preset: str, length: int, alpha_0: float, args: argparse.Namespace) -> dict:
+    """What a model should take for a row and a token, with bfloat16 autocast; of a size that need not fit here."""
+    config = model_config(preset, args)
+    with torch.device("meta"):
+        parameters = EsoForMaskedDiffusion(config).num_parameters()
+    rows = 64
+    _, slots, weighted = noisy_batch(config, rows, length, alpha_0)
+    step = expected_cost(config, slots, weighted, "bfloat16", parameters)
+    nothing = expected_cost(config, 0, 0, "bfloat16", parameters)
+    return {
+        "preset": preset,
+        "parameters": parameters,
+        "length": length,
+        "alpha_0": alpha_0,
+        "static_gb": (step.static_bytes + nothing.kept_bytes) / 1e9,
+        "gb_per_row": (step.kept_bytes - nothing.kept_bytes) / rows / 1e9,
+        "gflop_per_token": step.flops / rows / length / 1e9,
+    }
 
 
 def report(results: dict) -> str:
@@ -140,6 +172,18 @@ def report(results: dict) -> str:
             f"| {row['preset']} | {row['parameters']:,} | {row['length']} | {row['alpha_0']:g} | {row['dtype']} | "
             f"{' | '.join(pairs)} | {row['tokens_per_second']:.0f} | {rate:.3f} |"
         )
+    lines += [
+        "",
+        "Expected by the same formulas, with bfloat16 autocast:",
+        "",
+        "| preset | parameters | L | alpha_0 | weights and optimiser, GB | each row, GB | GFLOP a token |",
+        "| --- " * 7 + "|",
+    ]
+    for row in results["predictions"]:
+        lines.append(
+            f"| {row['preset']} | {row['parameters']:,} | {row['length']} | {row['alpha_0']:g} | "
+            f"{row['static_gb']:.1f} | {row['gb_per_row']:.2f} | {row['gflop_per_token']:.2f} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -154,6 +198,12 @@ def main(args: argparse.Namespace) -> None:
     ]
     for combination in tqdm(combinations, desc="Training steps"):
         results["rows"].append(measure(*combination, args))
+    results["predictions"] = [
+        predict(preset, length, alpha_0, args)
+        for preset in PRESETS
+        for length in args.predicted_lengths
+        for alpha_0 in (1.0, 0.25)
+    ]
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "training_cost.json").write_text(json.dumps(results, indent=1) + "\n")
     (args.output / "training_cost.md").write_text(report(results))
@@ -165,6 +215,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON and Markdown go")
     parser.add_argument("--presets", nargs="+", default=["tiny", "small"], help="of run_pretraining.py")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--predicted-lengths", type=int, nargs="+", default=[128, 1024])
     parser.add_argument("--rows", type=int, default=4, help="of a step")
     parser.add_argument("--vocab-size", type=int, default=50258)
     parser.add_argument("--device", default="cpu")

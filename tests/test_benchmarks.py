@@ -5,6 +5,7 @@ import json
 import lossless_speed
 import pytest
 import speed
+import training_cost
 from tiny_models import random_batch, randomized_model
 
 
@@ -30,6 +31,23 @@ def test_speed_at_toy_size(tmp_path):
     report = (tmp_path / "speed_cpu_float32.md").read_text()
     assert f"{results['settings']['parameters']:,} parameters" in report
     assert (tmp_path / "speed_cpu_float32.png").stat().st_size > 5000
+
+
+def test_training_costs_what_the_formulas_say(tmp_path):
+    sizes = ["--presets", "tiny", "--lengths", "64", "--rows", "8", "--vocab-size", "512"]
+    training_cost.main(training_cost.parse_args(["--output", str(tmp_path), "--predicted-lengths", "64", *sizes]))
+    results = json.loads((tmp_path / "training_cost.json").read_text())
+    assert [(row["alpha_0"], row["dtype"]) for row in results["rows"]] == [
+        (1.0, "float32"),
+        (0.25, "float32"),
+        (1.0, "bfloat16"),
+    ]
+    for row in results["rows"]:
+        assert row["measured_static_bytes"] == pytest.approx(row["expected_static_bytes"], rel=1e-3)
+        assert row["measured_kept_bytes"] == pytest.approx(row["expected_kept_bytes"], rel=0.1)
+        assert row["measured_flops"] == pytest.approx(row["expected_flops"], rel=0.02)
+    assert [row["preset"] for row in results["predictions"]] == ["tiny", "tiny", "small", "small", "medium", "medium"]
+    assert "| medium |" in (tmp_path / "training_cost.md").read_text()
 
 
 def test_intervals_leave_out_the_prompt():
