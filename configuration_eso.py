@@ -1,6 +1,6 @@
 """Configuration of an Esoteric Language Model (Eso-LM)."""
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .validation import is_integer, is_number
@@ -31,12 +31,16 @@ class EsoConfig(PreTrainedConfig):
         pad_token_id, bos_token_id (`int`, *optional*): Padding and beginning-of-text ids.
         eos_token_id (`int` or `list[int]`, *optional*): End-of-text id or ids.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*): Of a causal decoder of transformers that takes the
+            place of `EsoModel`: Llama, Qwen, GPT-2, ... The sizes above are then read from it, whatever is given
+            here, and the other fields of the architecture have no meaning.
 
     Raises:
         ValueError: when a field is out of its range; the message names the field, its value and what would do.
     """
 
     model_type = "eso"
+    sub_configs = {"backbone_config": AutoConfig}
     keys_to_ignore_at_inference = ["past_key_values"]
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -63,8 +67,11 @@ class EsoConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    backbone_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
+        if self.backbone_config is not None:
+            self._take_sizes_from_backbone()
         if self.intermediate_size is None and is_integer(self.hidden_size):
             self.intermediate_size = 4 * self.hidden_size
         if self.mask_token_id is None and is_integer(self.vocab_size):
@@ -91,19 +98,15 @@ class EsoConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not is_integer(value) or value < 1:
                 raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if self.hidden_size % (2 * self.num_attention_heads) != 0:
-            raise ValueError(
-                f"`hidden_size` must be a multiple of 2 x `num_attention_heads`, so that every head has an even "
-                f"width (rotary embeddings turn pairs), got hidden_size={self.hidden_size} and "
-                f"num_attention_heads={self.num_attention_heads}."
-            )
+        if self.backbone_config is None:
+            self._validate_attention_heads()
+            self._validate_rope_parameters()
         for name, low, high in (("alpha_0", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
             value = getattr(self, name)
             if not is_number(value) or not low <= value <= high:
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
         if not is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
-        self._validate_rope_parameters()
         if not isinstance(self.tie_word_embeddings, bool):
             raise ValueError(f"`tie_word_embeddings` must be True or False, got {self.tie_word_embeddings!r}.")
 
@@ -127,6 +130,34 @@ class EsoConfig(PreTrainedConfig):
                         f"`{name}` and `mask_token_id` are both {token_id}: the mask is never a token of a text, "
                         f"so it needs an id of its own."
                     )
+
+    def _take_sizes_from_backbone(self):
+        if isinstance(self.backbone_config, dict):
+            fields = dict(self.backbone_config)
+            if "model_type" not in fields:
+                raise ValueError(f"`backbone_config` must have a `model_type`, got the fields {sorted(fields)}.")
+            self.backbone_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if not isinstance(self.backbone_config, PreTrainedConfig):
+            raise ValueError(
+                f"`backbone_config` must be the configuration of a model, got {type(self.backbone_config).__name__}."
+            )
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "max_position_embeddings",
+        ):
+            if hasattr(self.backbone_config, name):
+                setattr(self, name, getattr(self.backbone_config, name))
+
+    def _validate_attention_heads(self):
+        if self.hidden_size % (2 * self.num_attention_heads) != 0:
+            raise ValueError(
+                f"`hidden_size` must be a multiple of 2 x `num_attention_heads`, so that every head has an even "
+                f"width (rotary embeddings turn pairs), got hidden_size={self.hidden_size} and "
+                f"num_attention_heads={self.num_attention_heads}."
+            )
 
     def _validate_rope_parameters(self):
         rope_types = {"default", *ROPE_INIT_FUNCTIONS}

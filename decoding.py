@@ -226,7 +226,7 @@ class Decoder:
         def sees(row, head, query, key):
             return (key < horizon[row, query]) | ((first[row, query] <= key) & (key <= last[row, query]))
 
-        return make_attention_mask(self.model.config, sees, *own.shape, num_keys, self.model.dtype, device)
+        return make_attention_mask(self.model.model.config, sees, *own.shape, num_keys, self.model.dtype, device)
 
 
 def _rewind(cache: Cache | None, length: int) -> None:

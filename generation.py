@@ -322,6 +322,11 @@ class EsoGenerationMixin(GenerationMixin):
                 f"`max_length={generation_config.max_length}` must be at least the length of the prompt, "
                 f"{input_ids_length} tokens; or set `max_new_tokens`."
             )
+        if self.max_text_length is not None and generation_config.max_length > self.max_text_length:
+            raise ValueError(
+                f"`max_length={generation_config.max_length}` (or the prompt with `max_new_tokens`) must be at most "
+                f"{self.max_text_length}: the backbone has no embeddings for later positions."
+            )
         if input_ids_length < generation_config.max_length:
             super()._validate_generated_length(generation_config, input_ids_length, has_default_max_length)
 

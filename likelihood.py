@@ -252,6 +252,11 @@ class EsoLikelihoodMixin:
     ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
         """What is real and what is given of the text, (batch, length) bool each, on the CPU."""
         require_token_ids("input_ids", input_ids, self.config.vocab_size)
+        if self.max_text_length is not None and input_ids.shape[1] > self.max_text_length:
+            raise ValueError(
+                f"`input_ids` must have at most {self.max_text_length} tokens, got {input_ids.shape[1]}: the backbone "
+                f"has no embeddings for later positions."
+            )
         for name, mask in (("attention_mask", attention_mask), ("context_mask", context_mask)):
             require_shape(name, mask, tuple(input_ids.shape))
         shape = input_ids.shape

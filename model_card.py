@@ -16,6 +16,7 @@ shuffled order. It generates tokens in parallel, with an exact KV cache and an e
 
 | | |
 | --- | --- |
+| backbone | {backbone} |
 | layers x width x heads | {config.num_hidden_layers} x {config.hidden_size} x {config.num_attention_heads} |
 | vocabulary | {config.vocab_size}, with the mask at {config.mask_token_id} |
 | positions in training | {config.max_position_embeddings} |
@@ -54,8 +55,10 @@ Not written yet.
 
 def model_card(config: EsoConfig, title: str) -> ModelCard:
     """A card with tags, library name, sizes, a usage snippet and the citation; `title` is a name or a Hub id."""
+    own = "the paper's diffusion transformer"
+    backbone = own if config.backbone_config is None else f"`{config.backbone_config.model_type}` of transformers"
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BODY.format(config=config, title=title)}")
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BODY.format(config=config, title=title, backbone=backbone)}")
 
 
 def write_model_card(folder: Path, config: EsoConfig, title: str) -> None:

@@ -5,7 +5,9 @@ token of text position σ(s), carries that position's rotary angle, attends to s
 (there is no next-token shift). Keys and values of decoded tokens therefore never change, and a KV cache is exact.
 """
 
+import copy
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import AutoModelForCausalLM
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import BlockMask, create_causal_mask
@@ -27,45 +30,21 @@ from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import make_attention_mask
+from .backbone import (
+    learned_positions,
+    make_backbone,
+    prepare_backbone,
+    require_full_causal_attention,
+    run_backbone,
+    verify_backbone,
+)
 from .configuration_eso import EsoConfig
 from .generation import EsoGenerationConfig, EsoGenerationMixin
 from .generation_order import order_of_slots, text_positions
 from .likelihood import EsoLikelihoodMixin
+from .linear import MAX_DECODED_SLOTS, EsoLinear
 from .model_card import TAGS, write_model_card
 from .validation import require_shape
-
-MAX_DECODED_SLOTS = 64
-"""Slots up to which a forward on top of a cache counts as a decoding step, with a mask of its own slots alone."""
-
-
-class EsoLinear(nn.Linear):
-    """A linear layer whose products of a few rows run at the speed of memory on the CPU.
-
-    A decoding step feeds a few slots. There W x^T reads the weights up to three times as fast as the x W^T of
-    `F.linear` does (float32, up to 64 rows). With gradients, elsewhere and in other types it is `nn.Linear`.
-    """
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        rows = inputs.numel() // max(inputs.shape[-1], 1)
-        weight = self.weight
-        is_few_rows = (
-            0 < rows <= MAX_DECODED_SLOTS
-            and inputs.dtype == weight.dtype == torch.float32
-            and weight.device.type == "cpu"
-            and type(weight) is nn.Parameter
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        )
-        if not is_few_rows:
-            return super().forward(inputs)
-        # The layout matters: with rows that are not contiguous the product is three times as slow.
-        flat = inputs.reshape(rows, -1).contiguous()
-        # A single row is slower than two: it is computed twice.
-        columns = (flat if rows > 1 else flat.repeat(2, 1)).t()
-        outputs = (weight @ columns).t()[:rows]
-        if self.bias is not None:
-            outputs = outputs + self.bias
-        return outputs.reshape(*inputs.shape[:-1], -1)
 
 
 class EsoTimestepEmbedding(nn.Module):
@@ -402,7 +381,12 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
 
     def __init__(self, config: EsoConfig):
         super().__init__(config)
-        self.model = EsoModel(config)
+        if config.backbone_config is None:
+            self.model = EsoModel(config)
+        else:
+            self.model = make_backbone(config.backbone_config)
+            config.backbone_config = self.model.config
+            self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
         self.lm_head = EsoLinear(config.hidden_size, config.vocab_size)
         self.post_init()
 
@@ -413,6 +397,77 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             init.zeros_(module.bias)
             if not self.config.tie_word_embeddings:
                 init.zeros_(module.weight)
+
+    @classmethod
+    def from_causal_lm(
+        cls,
+        model: str | os.PathLike | PreTrainedModel,
+        mask_token_id: int | None = None,
+        alpha_0: float = 1.0,
+        **kwargs,
+    ) -> "EsoForMaskedDiffusion":
+        """Makes an Eso-LM out of a causal language model, with its weights, body and head.
+
+        A causal model predicts the next token, an Eso-LM the one at the slot, so it has to be trained before it is
+        of use; `examples/adapt_causal_lm.py` does it.
+
+        Args:
+            model: Name or folder for `AutoModelForCausalLM.from_pretrained`; or a model, which is copied.
+            mask_token_id: An id of the vocabulary that no text holds; None: the vocabulary grows by one, whose
+                embedding begins as the mean of all others.
+            alpha_0: That of the config.
+            kwargs: For `from_pretrained` (`dtype`, `attn_implementation`, `quantization_config`, `device_map`, ...).
+
+        Returns:
+            The model, in evaluation mode, with the special tokens of the causal one.
+
+        Raises:
+            ValueError: when the model cannot be the backbone of an Eso-LM; the message says why.
+        """
+        if not isinstance(model, PreTrainedModel):
+            model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        elif kwargs:
+            raise ValueError(f"{sorted(kwargs)} are for loading a model by its name, and `model` is loaded already.")
+        else:
+            model = copy.deepcopy(model)
+        model.eval()
+        backbone, head = model.base_model, model.get_output_embeddings()
+        if backbone is model or not isinstance(head, nn.Linear):
+            raise ValueError(f"`model` must be a causal model with a linear head, got {type(model).__name__}.")
+        require_full_causal_attention(backbone.config)
+        prepare_backbone(backbone)
+        verify_backbone(backbone)
+        _require_plain_head(model)
+
+        if mask_token_id is None:
+            mask_token_id = head.weight.shape[0]
+            model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+            with torch.no_grad():
+                for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+                    weight[mask_token_id] = weight[:mask_token_id].float().mean(dim=0)
+        special = ("pad_token_id", "bos_token_id", "eos_token_id")
+        config = EsoConfig(
+            backbone_config=backbone.config,
+            mask_token_id=mask_token_id,
+            alpha_0=alpha_0,
+            tie_word_embeddings=model.config.tie_word_embeddings,
+            dtype=model.dtype,
+            **{name: getattr(model.config, name, None) for name in special},
+        )
+        with torch.device("meta"):
+            eso = cls(config)
+        head = model.get_output_embeddings()
+        eso.model, eso.lm_head.weight = backbone, head.weight
+        eso.config.backbone_config = backbone.config
+        bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
+        eso.lm_head.bias = nn.Parameter(bias.detach())
+        eso.tie_weights()
+        for name in ("hf_quantizer", "hf_device_map", "quantization_method"):
+            if hasattr(model, name):
+                setattr(eso, name, getattr(model, name))
+        if hasattr(model.config, "quantization_config"):
+            eso.config.quantization_config = model.config.quantization_config
+        return eso.eval()
 
     @can_return_tuple
     def forward(
@@ -512,7 +567,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             )
             return CausalLMOutputWithPast(loss=loss)
 
-        outputs = self.model(
+        outputs = self._run_backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -549,13 +604,29 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             attentions=attentions,
         )
 
+    @property
+    def max_text_length(self) -> int | None:
+        """The number of text positions that the backbone has embeddings for; None: any number will do."""
+        return None if self.config.backbone_config is None else learned_positions(self.model)
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """As on every model of transformers; the mask keeps its id."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        self.model.config.vocab_size = self.config.vocab_size
+        return embeddings
+
+    def _run_backbone(self, **arguments) -> BaseModelOutputWithPast:
+        """The backbone's forward, with the arguments of `EsoModel`'s."""
+        if self.config.backbone_config is None:
+            return self.model(**arguments)
+        return run_backbone(self.model, **arguments)
+
     @contextmanager
     def modulations_folded(self) -> Iterator[None]:
         """Computes every shift, scale and gate once, for all forwards inside; the weights must not change there."""
         modulations = [module for module in self.modules() if isinstance(module, EsoModulation)]
-        conditioning = self.model.timestep_embedding()
         for modulation in modulations:
-            modulation.folded = modulation(conditioning)
+            modulation.folded = modulation(self.model.timestep_embedding())
         try:
             yield
         finally:
@@ -654,9 +725,9 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             torch.distributed.all_reduce(is_anywhere, op=torch.distributed.ReduceOp.MAX)
             for _ in range(int((is_anywhere - has_phase).sum())):
                 mask = torch.full((1, 1), self.config.mask_token_id, device=labels.device)
-                idle = idle + 0 * self.model(input_ids=mask).last_hidden_state.sum()
+                idle = idle + 0 * self._run_backbone(input_ids=mask).last_hidden_state.sum()
         if len(diffusion) > 0:
-            outputs = self.model(
+            outputs = self._run_backbone(
                 input_ids=_take_rows(input_ids, diffusion),
                 inputs_embeds=_take_rows(inputs_embeds, diffusion),
                 position_ids=_take_rows(position_ids, diffusion),
@@ -721,16 +792,35 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             return is_past | (key_index == query_index)
 
         two_stream_mask = make_attention_mask(
-            self.config, sees, batch, slots + width, slots + width, self.model.dtype, device
+            self.model.config, sees, batch, slots + width, slots + width, self.model.dtype, device
         )
         masks = torch.full_like(query_slots, self.config.mask_token_id)
-        outputs = self.model(
+        outputs = self._run_backbone(
             input_ids=torch.cat([content, masks], dim=-1),
             position_ids=torch.cat([position_ids, position_ids.gather(1, query_slots)], dim=-1),
             attention_mask=two_stream_mask,
             **kwargs,
         )
         return outputs.last_hidden_state[:, slots:][is_query]
+
+
+def _name_of_embedding(backbone: PreTrainedModel) -> str:
+    """The name of the weight of the input embeddings."""
+    weight = backbone.get_input_embeddings().weight
+    return next(name for name, parameter in backbone.named_parameters() if parameter is weight)
+
+
+@torch.no_grad()
+def _require_plain_head(model: PreTrainedModel) -> None:
+    """Raises a ValueError if the logits of a causal model are more than its head applied to its last states."""
+    input_ids = torch.arange(1, 4, device=model.device)[None]
+    states = model.base_model(input_ids, use_cache=False).last_hidden_state
+    logits = model(input_ids, use_cache=False).logits
+    if not torch.allclose(model.get_output_embeddings()(states).float(), logits.float(), rtol=0.02, atol=0.02):
+        raise ValueError(
+            f"The head of {type(model).__name__} does more than a linear map (a soft cap, or a scale), for which an "
+            f"Eso-LM has no place."
+        )
 
 
 def _module_and_name(cls: type) -> str:

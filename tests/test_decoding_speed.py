@@ -10,7 +10,8 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
-from eso_lm.modeling_eso import MAX_DECODED_SLOTS, EsoLinear, EsoModulation
+from eso_lm.linear import MAX_DECODED_SLOTS, EsoLinear
+from eso_lm.modeling_eso import EsoModulation
 
 
 @settings(max_examples=60, deadline=None)

@@ -3,6 +3,7 @@
 import itertools
 
 import torch
+from transformers import AutoConfig, PreTrainedConfig
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
@@ -30,10 +31,50 @@ def randomized_model(
         for parameter in model.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
         for name, parameter in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "ln_" in name:
                 parameter.add_(1)
     model.set_attn_implementation(attention)
     return model.to(dtype).eval()
+
+
+def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
+    """A tiny causal decoder of transformers, by its model type."""
+    sizes = {
+        "vocab_size": 24,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    gated = {"num_key_value_heads": 2, "intermediate_size": 48}
+    special = {
+        "llama": gated,
+        "qwen3": gated | {"head_dim": 16},
+        "qwen3_moe": gated | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+        "mixtral": gated | {"num_local_experts": 4},
+        "mistral": gated | {"sliding_window": None},
+        "gemma2": gated | {"head_dim": 16},
+        "deepseek_v3": {
+            "num_key_value_heads": 4,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "intermediate_size": 16,
+            "first_k_dense_replace": 1,
+        },
+        "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+    }
+    return AutoConfig.for_model(kind, **sizes | special.get(kind, {}) | overrides)
 
 
 def random_batch(model: EsoForMaskedDiffusion, batch: int, slots: int, seed: int = 0) -> torch.LongTensor:
