@@ -182,14 +182,14 @@ def verify_backbone(decoder: PreTrainedModel) -> None:
     rest = run_backbone(decoder, ids[:, 2:], position_ids=positions[:, 2:], past_key_values=cache).last_hidden_state
     decoder.train(was_training)
 
-    tolerance = 0.05 if decoder.dtype in (torch.float16, torch.bfloat16) else 1e-3
+    tolerance = 0.05 if decoder.dtype in (torch.float16, torch.bfloat16) else 1e-4
 
     def differ(first: torch.Tensor, second: torch.Tensor) -> bool:
         return ((first - second).norm() > tolerance * first.norm()).item()
 
     if differ(states[:, :3], prefix):
         raise _unfit(kind, "its slots depend on later ones")
-    if not differ(states[:, -1:], in_order[:, -1:]):
+    if torch.equal(states, in_order):
         raise _unfit(kind, "it does not honour `position_ids`")
     if differ(states[:, 2:], rest):
         raise _unfit(kind, "its states on top of a cache differ from those of one forward")

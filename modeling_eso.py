@@ -413,8 +413,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
 
         Args:
             model: Name or folder for `AutoModelForCausalLM.from_pretrained`; or a model, which is copied.
-            mask_token_id: An id of the vocabulary that no text holds; None: the vocabulary grows by one, whose
-                embedding begins as the mean of all others.
+            mask_token_id: An id that no text holds; None: the first one behind the vocabulary, which grows to hold
+                it. Its embedding begins as the mean of all others.
             alpha_0: That of the config.
             kwargs: For `from_pretrained` (`dtype`, `attn_implementation`, `quantization_config`, `device_map`, ...).
 
@@ -439,12 +439,11 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         verify_backbone(backbone)
         _require_plain_head(model)
 
+        vocab_size = head.weight.shape[0]
         if mask_token_id is None:
-            mask_token_id = head.weight.shape[0]
+            mask_token_id = vocab_size
+        if mask_token_id >= vocab_size:
             model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-            with torch.no_grad():
-                for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-                    weight[mask_token_id] = weight[:mask_token_id].float().mean(dim=0)
         special = ("pad_token_id", "bos_token_id", "eos_token_id")
         config = EsoConfig(
             backbone_config=backbone.config,
@@ -462,6 +461,10 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
         eso.lm_head.bias = nn.Parameter(bias.detach())
         eso.tie_weights()
+        with torch.no_grad():
+            for weight in (eso.get_input_embeddings().weight, eso.lm_head.weight):
+                mean = weight[:vocab_size].mean(dim=0, dtype=torch.float32)
+                weight[vocab_size:] = weight[mask_token_id] = mean.to(weight.dtype)
         for name in ("hf_quantizer", "hf_device_map", "quantization_method"):
             if hasattr(model, name):
                 setattr(eso, name, getattr(model, name))

@@ -248,8 +248,9 @@ def test_a_mask_of_the_vocabulary_and_special_tokens():
     model = EsoForMaskedDiffusion.from_causal_lm(causal, mask_token_id=20)
     assert (model.config.vocab_size, model.config.mask_token_id) == (24, 20)
     assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (3, 4)
+    assert EsoForMaskedDiffusion.from_causal_lm(causal, mask_token_id=26).config.vocab_size == 27
     with pytest.raises(ValueError, match="`mask_token_id` must be an id"):
-        EsoForMaskedDiffusion.from_causal_lm(causal, mask_token_id=24)
+        EsoForMaskedDiffusion.from_causal_lm(causal, mask_token_id=-1)
     with pytest.raises(ValueError, match="`eos_token_id` and `mask_token_id` are both 3"):
         EsoForMaskedDiffusion.from_causal_lm(causal, mask_token_id=3)
     with pytest.raises(ValueError, match="are for loading"):
