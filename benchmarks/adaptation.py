@@ -9,18 +9,15 @@ one each, and go on where they were killed; those that are complete are not repe
 
 import argparse
 import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from parallel_runs import run_in_processes
 from speed import hardware
-from tqdm import tqdm
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -112,31 +109,20 @@ def train_causal(args: argparse.Namespace) -> None:
     (folder / "metrics.json").write_text(json.dumps(trainer.state.log_history))
 
 
-def run(name: str, alpha_0: float, args: argparse.Namespace) -> None:
-    """One of the runs, in this process."""
+def run(name: str, args: argparse.Namespace) -> None:
+    """One of the runs, in this process: "causal", or a way and its target, "direct:0.25"."""
     if name == "causal":
         return train_causal(args)
-    source = args.work / ("fresh" if name == "from scratch" else "causal")
-    options = training_options(folder_of(name, alpha_0, args), args.steps, args)
+    way, alpha_0 = name.split(":")
+    source = args.work / ("fresh" if way == "from scratch" else "causal")
+    options = training_options(folder_of(name, args), args.steps, args)
     adapt_causal_lm.main(
-        *adapt_causal_lm.parse_args([f"--model={source}", f"--alpha_0={alpha_0}", *WAYS[name], *options])
+        *adapt_causal_lm.parse_args([f"--model={source}", f"--alpha_0={alpha_0}", *WAYS[way], *options])
     )
 
 
-def folder_of(name: str, alpha_0: float, args: argparse.Namespace) -> Path:
-    return args.work / (name if name == "causal" else f"{name.replace(' ', '_').replace('%', '')}_{alpha_0:g}")
-
-
-def start(name: str, alpha_0: float, args: argparse.Namespace) -> None:
-    """One of the runs, in a process of its own on one core, unless it is complete."""
-    if (folder_of(name, alpha_0, args) / "model.safetensors").exists():
-        return
-    command = [sys.executable, __file__, *sys.argv[1:], "--run", name, "--run-alpha", str(alpha_0)]
-    log = args.work / f"{folder_of(name, alpha_0, args).name}.log"
-    with log.open("w") as file:
-        subprocess.run(
-            command, check=True, stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}
-        )
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    return args.work / "".join(character if character.isalnum() or character == "." else "_" for character in name)
 
 
 def collect(args: argparse.Namespace) -> list[dict]:
@@ -144,7 +130,7 @@ def collect(args: argparse.Namespace) -> list[dict]:
     rows = []
     for alpha_0 in args.alphas:
         for name in WAYS:
-            history = json.loads((folder_of(name, alpha_0, args) / "metrics.json").read_text())
+            history = json.loads((folder_of(f"{name}:{alpha_0:g}", args) / "metrics.json").read_text())
             curve = {row["step"]: row["held_out_nelbo"] for row in history if "held_out_nelbo" in row}
             rows.append({"alpha_0": alpha_0, "way": name, "nelbo": curve, "final": list(curve.values())[-1]})
     return rows
@@ -187,15 +173,18 @@ def plot(rows: list[dict], path: Path) -> None:
 
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
-        return run(args.run, args.run_alpha, args)
+        return run(args.run, args)
     if not (args.work / "fresh" / "config.json").exists():
         prepare(args)
-    start("causal", 0.0, args)
-    work = [(name, alpha_0) for alpha_0 in args.alphas for name in WAYS]
-    with ThreadPoolExecutor(args.processes) as pool:
-        jobs = pool.map(lambda item: start(*item, args), work)
-        for _ in tqdm(jobs, total=len(work), desc="Runs"):
-            pass
+    names = [f"{way}:{alpha_0:g}" for alpha_0 in args.alphas for way in WAYS]
+    for some in (["causal"], names):
+        run_in_processes(
+            [__file__, *args.command],
+            some,
+            lambda name: (folder_of(name, args) / "model.safetensors").exists(),
+            args.work / "logs",
+            args.processes,
+        )
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     parameters = LlamaForCausalLM.from_pretrained(args.work / "fresh").num_parameters()
     results = {"settings": settings | {"hardware": hardware("cpu"), "parameters": parameters}, "rows": collect(args)}
@@ -226,8 +215,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--run-alpha", type=float, default=0.0, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    args.command = sys.argv[1:] if arguments is None else arguments
+    return args
 
 
 if __name__ == "__main__":

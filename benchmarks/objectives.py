@@ -1,0 +1,108 @@
+"""The objectives of the systems that the paper compares Eso-LMs with, for the layers of an Eso-LM.
+
+Each gives the loss of every row, (batch,), in nats per token: exact for the autoregressive one, an unbiased draw of
+the NELBO for the others. `baselines.py` has the samplers that belong to them.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from baselines import bidirectional
+
+from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
+from eso_lm.noise_schedule import keep_probability, nelbo_weight, sample_times
+
+
+class Objective(Protocol):
+    """Losses of the rows of `input_ids` (batch, length), with noise from `generator` (None: torch's global one)."""
+
+    def __call__(
+        self, model: EsoForMaskedDiffusion, input_ids: torch.LongTensor, generator: torch.Generator | None = None
+    ) -> torch.Tensor: ...
+
+
+class Autoregressive:
+    """Left to right, the next token from those before it; the first one from a start token."""
+
+    def __init__(self, start_token_id: int):
+        self.start_token_id = start_token_id
+
+    def __call__(self, model, input_ids, generator=None):
+        shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.start_token_id)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        logits = model(shifted, position_ids=positions).logits.float()
+        return F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none").mean(dim=1)
+
+
+class MaskedDiffusion:
+    """Every token may see every other (MDLM): a time for each row, spread evenly over the batch."""
+
+    def __call__(self, model, input_ids, generator=None):
+        batch, length = input_ids.shape
+        times = sample_times(batch, generator)[:, None].expand(batch, length)
+        noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
+        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
+        with bidirectional(model):
+            logits = model(noisy, position_ids=positions).logits.float()
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
+        return (weights * cross_entropy).mean(dim=1)
+
+
+class BlockDiffusion:
+    """Blocks from left to right, each by masked diffusion given the clean ones before it (BD3-LM).
+
+    The clean text and the noisy one run side by side. A time for each block, spread evenly over all of the batch.
+    """
+
+    def __init__(self, block_length: int):
+        self.block_length = block_length
+
+    def __call__(self, model, input_ids, generator=None):
+        batch, length = input_ids.shape
+        if length % self.block_length != 0:
+            raise ValueError(f"The length must be a multiple of {self.block_length}, got {length}.")
+        times = sample_times(batch * length // self.block_length, generator)
+        times = times[torch.randperm(len(times), generator=generator)].view(batch, -1)
+        times = times.repeat_interleave(self.block_length, dim=1)
+        noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
+        logits = self.logits(model, input_ids, noisy).float()
+        cross_entropy = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
+        return (weights * cross_entropy).mean(dim=1)
+
+    def logits(self, model: EsoForMaskedDiffusion, clean: torch.LongTensor, noisy: torch.LongTensor) -> torch.Tensor:
+        """Logits of the noisy text (batch, length, vocab), each block given the clean ones before it."""
+        batch, length = clean.shape
+        block = torch.arange(length, device=clean.device) // self.block_length
+        earlier, same = block[None] < block[:, None], block[None] == block[:, None]
+        is_visible = torch.cat([torch.cat([earlier | same, torch.zeros_like(same)], 1), torch.cat([earlier, same], 1)])
+        positions = torch.arange(length, device=clean.device).repeat(2).expand(batch, 2 * length)
+        output = model(
+            torch.cat([clean, noisy], dim=1),
+            position_ids=positions,
+            attention_mask=is_visible[None, None],
+            logits_to_keep=length,
+        )
+        return output.logits
+
+
+class Esoteric:
+    """The hybrid objective, through the project's own collator: of a batch, so all rows have the batch's loss."""
+
+    def __init__(self, alpha_0: float, mask_token_id: int):
+        self.collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=mask_token_id, alpha_0=alpha_0)
+
+    def __call__(self, model, input_ids, generator=None):
+        batch = self.collator([{"input_ids": row} for row in input_ids.tolist()])
+        loss = model(**{name: value.to(input_ids.device) for name, value in batch.items()}).loss
+        return loss.expand(len(input_ids))
+
+
+def add_noise(
+    input_ids: torch.LongTensor, times: torch.Tensor, mask_token_id: int, generator: torch.Generator | None
+) -> tuple[torch.LongTensor, torch.Tensor]:
+    """Masks each token with the probability of its time; the noisy text and the weights of the losses of its masks."""
+    draws = torch.rand(input_ids.shape, dtype=torch.float64, generator=generator)
+    is_masked = (draws >= keep_probability(times, 1.0)).to(input_ids.device)
+    weights = nelbo_weight(times, 1.0).to(input_ids.device, torch.float32) * is_masked
+    return input_ids.masked_fill(is_masked, mask_token_id), weights
