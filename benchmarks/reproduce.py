@@ -25,6 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler
+from datasets import load_from_disk
 from ngram import KneserNey
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, Objective
 from parallel_runs import run_in_processes
@@ -74,7 +75,7 @@ class Scale:
 SCALES = {
     "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 8, 2, 2, 4, (4, 16), every=60),
     "minutes": Scale(128, 3, 128, 2048, 16, 400, 500, 60, 64, 8, 8, 32, (8, 32, 128)),
-    "hours": Scale(192, 4, 128, 2048, 16, 1000, 1400, 120, 128, 16, 16, 64, (4, 8, 16, 32, 64, 128)),
+    "hours": Scale(192, 4, 128, 2048, 16, 800, 1200, 120, 128, 16, 16, 64, (4, 8, 16, 32, 64, 128)),
     "gpu": Scale(768, 12, 1024, 16384, 64, 50_000, 60_000, 2000, 512, 16, 16, 64, (8, 16, 64, 256, 1024)),
 }
 
@@ -92,19 +93,27 @@ def alpha_of(name: str) -> float | None:
 
 
 class Corpus:
-    """The text of this machine, tokenised once, in rows of equal length."""
+    """The text of this machine, in rows of equal length: read and tokenised once, then from the folder of the work."""
 
     def __init__(self, args: argparse.Namespace):
-        scale = SCALES[args.scale]
-        folder = args.work / "tokenizer"
-        documents = python_documents()[:: scale.every]
-        train = [document for index, document in enumerate(documents) if index % 20]
-        if not (folder / "tokenizer.json").exists():
-            train_tokenizer(train, scale.vocab_size, scale.length).save_pretrained(folder)
+        folder = args.work / "corpus"
+        if not folder.exists():
+            self._write(folder.with_suffix(".incomplete"), SCALES[args.scale])
+            folder.with_suffix(".incomplete").rename(folder)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        self.train = pack(train, self.tokenizer, scale.length)
-        held_out = pack(documents[::20], self.tokenizer, scale.length)
-        self.held_out = torch.tensor(held_out["input_ids"][: scale.held_out_rows])
+        self.train = load_from_disk(folder / "train")
+        self.held_out = torch.tensor(load_from_disk(folder / "held_out")["input_ids"][:])
+
+    def _write(self, folder: Path, scale: Scale) -> None:
+        documents = python_documents(everything=True)[:: scale.every]
+        train = [document for index, document in enumerate(documents) if index % 20]
+        tokenizer = train_tokenizer(train, scale.vocab_size, scale.length)
+        held_out = pack(documents[::20], tokenizer, scale.length)
+        if len(held_out) < scale.held_out_rows:
+            raise ValueError(f"The text has {len(held_out)} held-out rows, {scale.held_out_rows} are needed.")
+        tokenizer.save_pretrained(folder)
+        pack(train, tokenizer, scale.length).save_to_disk(folder / "train")
+        held_out.take(scale.held_out_rows).save_to_disk(folder / "held_out")
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float, scale: Scale) -> EsoForMaskedDiffusion:
@@ -184,7 +193,9 @@ def train(name: str, rate: float, steps: int, folder: Path, corpus: Corpus, args
 
 
 @torch.no_grad()
-def likelihood(name: str, model: EsoForMaskedDiffusion, corpus: Corpus, args: argparse.Namespace) -> dict:
+def likelihood(
+    name: str, model: EsoForMaskedDiffusion, corpus: Corpus, args: argparse.Namespace, with_orders: bool = True
+) -> dict:
     """Held-out losses in nats per token, with standard errors over the rows: the NELBO, and what is exact."""
     scale, rows = SCALES[args.scale], corpus.held_out.to(args.device)
     generator = torch.Generator().manual_seed(args.seed)
@@ -192,10 +203,12 @@ def likelihood(name: str, model: EsoForMaskedDiffusion, corpus: Corpus, args: ar
     model.eval()
     if alpha_of(name) is not None:
         nelbo = model.nelbo(rows, num_draws=scale.num_draws, generator=generator).nelbo / length
-        num_orders = 1 if alpha_of(name) == 0 else scale.num_orders
-        scored = model.log_likelihood(rows, num_orders=num_orders, generator=generator)
-        one_order = -scored.log_likelihood_per_order.mean(dim=1) / length
-        losses = {"nelbo": nelbo, "one_order": one_order, "exact": -scored.log_likelihood / length}
+        losses = {"nelbo": nelbo}
+        if with_orders:
+            num_orders = 1 if alpha_of(name) == 0 else scale.num_orders
+            scored = model.log_likelihood(rows, num_orders=num_orders, generator=generator)
+            losses["one_order"] = -scored.log_likelihood_per_order.mean(dim=1) / length
+            losses["exact"] = -scored.log_likelihood / length
     else:
         objective, draws = objective_of(name, corpus.tokenizer), 1 if name in ("ar", "judge") else scale.num_draws
         # A draw covers all rows at once, so that its times are spread over them.
@@ -210,7 +223,8 @@ def likelihood(name: str, model: EsoForMaskedDiffusion, corpus: Corpus, args: ar
 def run(name: str, args: argparse.Namespace) -> None:
     """One run, in this process: training and likelihoods of a system, or a try of a learning rate ("tune:...")."""
     corpus, scale = Corpus(args), SCALES[args.scale]
-    if name.startswith("tune:"):
+    is_tuning = name.startswith("tune:")
+    if is_tuning:
         _, system, rate = name.split(":")
         folder = args.work / f"tune_{system}_{rate}"
         history = train(system, float(rate), scale.tune_steps, folder, corpus, args)
@@ -219,7 +233,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         steps = scale.judge_steps if name == "judge" else scale.steps
         history = train(system, learning_rate(args), steps, folder, corpus, args)
     model = EsoForMaskedDiffusion.from_pretrained(folder).to(args.device)
-    record = {"likelihood": likelihood(system, model, corpus, args), "history": history}
+    record = {"likelihood": likelihood(system, model, corpus, args, not is_tuning), "history": history}
     (folder / "result.json").write_text(json.dumps(record, indent=1))
 
 
@@ -482,8 +496,6 @@ def main(args: argparse.Namespace) -> None:
     args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
     args.work.mkdir(parents=True, exist_ok=True)
     corpus = Corpus(args)
-    if len(corpus.held_out) < scale.held_out_rows:
-        raise ValueError(f"The text has {len(corpus.held_out)} held-out rows, {scale.held_out_rows} are needed.")
 
     def in_processes(names: list[str], description: str) -> None:
         command = [__file__, *args.command, "--work", str(args.work)]

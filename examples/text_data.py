@@ -4,6 +4,7 @@ import ast
 import inspect
 import re
 import sysconfig
+from itertools import groupby
 from pathlib import Path
 from pydoc_data import topics
 
@@ -17,14 +18,19 @@ LAYOUTS = ("packed", "wrapped", "documents")
 HOLE = re.compile(r"<mask:(\d+)>")
 
 
-def python_documents() -> list[str]:
-    """English prose that every Python carries: its language reference and the docstrings of its standard library."""
+def python_documents(everything: bool = False) -> list[str]:
+    """English prose that every Python carries: its language reference and the docstrings of its standard library.
+
+    With `everything` its comments, too, and the library's own tests: about twice as much text, and less polished.
+    """
     texts = [topics.topics[name] for name in sorted(topics.topics)]
     library = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
+    skipped = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
+    skipped = {"site-packages"} if everything else {"site-packages"} | skipped
     for path in sorted(library.rglob("*.py")):
         if not skipped & set(path.relative_to(library).parts):
             texts.extend(_docstrings(path))
+            texts.extend(_comments(path) if everything else [])
     documents = (_prose(text) for text in texts)
     return list(dict.fromkeys(document for document in documents if len(document) >= MIN_DOCUMENT_LENGTH))
 
@@ -180,6 +186,16 @@ def _docstrings(path: Path) -> list[str]:
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = [ast.get_docstring(node, clean=False) for node in ast.walk(tree) if isinstance(node, documented)]
     return [docstring for docstring in found if docstring]
+
+
+def _comments(path: Path) -> list[str]:
+    """The blocks of comment lines of a file."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+    except UnicodeDecodeError:
+        return []
+    blocks = groupby(lines, key=lambda line: line.startswith("#"))
+    return ["\n".join(line.lstrip("# ") for line in block) for is_comment, block in blocks if is_comment]
 
 
 def _prose(text: str) -> str:
