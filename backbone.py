@@ -16,7 +16,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mask import make_attention_mask
-from .linear import speed_up_linear_layers
 
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
@@ -37,7 +36,7 @@ def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def prepare_backbone(decoder: PreTrainedModel) -> PreTrainedModel:
-    """Checks that a decoder can be the backbone of an Eso-LM, and makes its few-row products fast; returns it.
+    """Checks that a decoder can be the backbone of an Eso-LM; returns it.
 
     Raises:
         ValueError: when it cannot; the message says why.
@@ -51,7 +50,6 @@ def prepare_backbone(decoder: PreTrainedModel) -> PreTrainedModel:
     causal = [module.is_causal for module in decoder.modules() if hasattr(module, "is_causal")]
     if not causal or not all(causal) or not getattr(decoder.config, "is_causal", True):
         raise _unfit(kind, "its attention is not causal")
-    speed_up_linear_layers(decoder)
     return decoder
 
 

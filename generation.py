@@ -438,7 +438,7 @@ class EsoGenerationMixin(GenerationMixin):
         progress = tqdm(total=sum(canvas.num_open), unit="token", disable=not generation_config.progress_bar)
         decoding = ExitStack()
         try:
-            decoding.enter_context(self.modulations_folded())
+            decoding.enter_context(self.ready_to_decode())
             if streamer is not None:
                 streamer.start(canvas)
             while self._has_unfinished_sequences(is_finished := canvas.is_finished(), synced_gpus, self.device):

@@ -1,5 +1,8 @@
 """Linear layers whose products of a few rows run at the speed of memory on the CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -7,7 +10,7 @@ MAX_DECODED_SLOTS = 64
 """Slots up to which a forward on top of a cache counts as a decoding step."""
 
 
-class EsoLinear(nn.Linear):
+class FewRowLinear(nn.Linear):
     """A linear layer for decoding steps on the CPU.
 
     A decoding step feeds a few slots. There W x^T reads the weights up to three times as fast as the x W^T of
@@ -37,8 +40,17 @@ class EsoLinear(nn.Linear):
         return outputs.reshape(*inputs.shape[:-1], -1)
 
 
-def speed_up_linear_layers(model: nn.Module) -> None:
-    """Makes an [`EsoLinear`] of every plain `nn.Linear` in `model`: the same weights, names and results."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = EsoLinear
+@contextmanager
+def fast_products_of_few_rows(model: nn.Module) -> Iterator[None]:
+    """Makes a [`FewRowLinear`] of every plain `nn.Linear` of a model on the CPU, for as long as the context lasts.
+
+    Before and after they are what quantisation, adapters and all others expect.
+    """
+    layers = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
+    for layer in layers:
+        layer.__class__ = FewRowLinear
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__class__ = nn.Linear

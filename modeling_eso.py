@@ -42,7 +42,7 @@ from .configuration_eso import EsoConfig
 from .generation import EsoGenerationConfig, EsoGenerationMixin
 from .generation_order import order_of_slots, text_positions
 from .likelihood import EsoLikelihoodMixin
-from .linear import MAX_DECODED_SLOTS, EsoLinear
+from .linear import MAX_DECODED_SLOTS, fast_products_of_few_rows
 from .model_card import TAGS, write_model_card
 from .validation import require_shape
 
@@ -62,8 +62,8 @@ class EsoTimestepEmbedding(nn.Module):
         self.out_proj = nn.Linear(config.cond_dim, config.cond_dim)
 
     def forward(self) -> torch.Tensor:
-        weight = self.in_proj.weight
-        sinusoid = torch.zeros(self.sinusoid_width, dtype=weight.dtype, device=weight.device)
+        bias = self.in_proj.bias  # the weight may be quantised
+        sinusoid = torch.zeros(self.sinusoid_width, dtype=bias.dtype, device=bias.device)
         sinusoid[: self.sinusoid_width // 2] = 1
         return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))
 
@@ -85,7 +85,7 @@ class EsoRotaryEmbedding(LlamaRotaryEmbedding):
 class EsoModulation(nn.Linear):
     """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates).
 
-    A linear layer like any other, but for its initialisation at zero. `EsoForMaskedDiffusion.modulations_folded` keeps
+    A linear layer like any other, but for its initialisation at zero. `EsoForMaskedDiffusion.ready_to_decode` keeps
     its output, a constant of the weights, while they do not change.
     """
 
@@ -151,10 +151,10 @@ class EsoAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = True
-        self.q_proj = EsoLinear(config.hidden_size, config.hidden_size, bias=False)
-        self.k_proj = EsoLinear(config.hidden_size, config.hidden_size, bias=False)
-        self.v_proj = EsoLinear(config.hidden_size, config.hidden_size, bias=False)
-        self.o_proj = EsoLinear(config.hidden_size, config.hidden_size, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
         self,
@@ -188,8 +188,8 @@ class EsoMLP(nn.Module):
 
     def __init__(self, config: EsoConfig):
         super().__init__()
-        self.up_proj = EsoLinear(config.hidden_size, config.intermediate_size)
-        self.down_proj = EsoLinear(config.intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
@@ -387,7 +387,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             self.model = make_backbone(config.backbone_config)
             config.backbone_config = self.model.config
             self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
-        self.lm_head = EsoLinear(config.hidden_size, config.vocab_size)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -625,13 +625,17 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         return run_backbone(self.model, **arguments)
 
     @contextmanager
-    def modulations_folded(self) -> Iterator[None]:
-        """Computes every shift, scale and gate once, for all forwards inside; the weights must not change there."""
+    def ready_to_decode(self) -> Iterator[None]:
+        """Makes forwards of a few slots fast, as `generate` does; the weights must not change inside.
+
+        Every shift, scale and gate is computed once, and products of few rows run at the speed of memory on the CPU.
+        """
         modulations = [module for module in self.modules() if isinstance(module, EsoModulation)]
         for modulation in modulations:
             modulation.folded = modulation(self.model.timestep_embedding())
         try:
-            yield
+            with fast_products_of_few_rows(self):
+                yield
         finally:
             for modulation in modulations:
                 modulation.folded = None

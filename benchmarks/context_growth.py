@@ -52,7 +52,7 @@ def main(args: argparse.Namespace) -> None:
             F.scaled_dot_product_attention(query, layer.keys[:, :, :context], layer.values[:, :, :context])
 
     times = {(name, context): [] for name in ("step", "attention") for context in args.contexts}
-    with model.modulations_folded():  # as `generate` does
+    with model.ready_to_decode():  # as `generate` does
         for repeat in range(args.repeats + 1):
             for context in args.contexts:
                 for name, function in (("step", step), ("attention", attention)):

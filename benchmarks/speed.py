@@ -109,7 +109,7 @@ def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args
 def measure_steps(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
     """Whole runs of `generate`: seconds for L tokens in each row against NFE, and masked diffusion's for the same."""
     rows, length = [], args.step_length
-    with model.modulations_folded():
+    with model.ready_to_decode():
         full = interleaved({"": partial(full_step, model, length)}, 2, args.device)[""]["median"]
     for batch, steps in tqdm([*product(args.batches, args.steps)], desc="NFE"):
         generate = partial(
@@ -182,7 +182,7 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
             }
             for block in args.blocks:
                 functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, batch, block)
-            with model.modulations_folded():
+            with model.ready_to_decode():
                 for name, times in interleaved(functions, args.repeats, args.device).items():
                     steps.setdefault(name, []).append(times["median"])
         for block in args.blocks:
@@ -191,7 +191,7 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
                 (block + 1) / block * step for step in steps[f"block diffusion, {block}"]
             ]
         if batch == 1:  # a pass over the whole text is limited by arithmetic: rows would only multiply it
-            with model.modulations_folded():
+            with model.ready_to_decode():
                 repeats = args.repeats if length <= 2048 else 1
                 times = interleaved({"": partial(full_step, model, length)}, repeats, args.device)
                 steps["masked diffusion"] = [times[""]["median"]]
@@ -214,7 +214,7 @@ def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace)
         for weight in weights:
             weight.sum()
 
-    with model.modulations_folded():
+    with model.ready_to_decode():
         times = interleaved(
             {"step": partial(eso_step, model, cache, 128), "read": read}, 2 * args.repeats, args.device
         )

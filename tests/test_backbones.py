@@ -12,7 +12,6 @@ from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
 from eso_lm.backbone import verify_backbone
-from eso_lm.linear import EsoLinear
 
 KINDS = ["llama", "qwen3", "gpt2", "qwen3_moe", "mixtral", "mistral", "phi", "gpt_neox", "opt", "deepseek_v3"]
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -282,11 +281,8 @@ def test_the_vocabulary_can_grow(tmp_path):
     assert AutoModel.from_pretrained(tmp_path).lm_head.weight.shape[0] == 30
 
 
-def test_products_of_few_rows_are_ours_and_the_plans_the_backbones():
+def test_plans_are_those_of_the_backbone():
     model = eso_of("llama")
-    linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    assert linears
-    assert all(type(module) is EsoLinear for module in linears)
     assert model._tp_plan["model.layers.*.self_attn.q_proj"] == "colwise"
     assert "LlamaDecoderLayer" in model._no_split_modules
 

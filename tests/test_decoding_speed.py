@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
-from eso_lm.linear import MAX_DECODED_SLOTS, EsoLinear
+from eso_lm.linear import MAX_DECODED_SLOTS, FewRowLinear, fast_products_of_few_rows
 from eso_lm.modeling_eso import EsoModulation
 
 
@@ -24,7 +24,7 @@ from eso_lm.modeling_eso import EsoModulation
 )
 def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, with_gradients, dtype):
     torch.manual_seed(rows)
-    layer = EsoLinear(24, 40, bias=bias).to(dtype)
+    layer = FewRowLinear(24, 40, bias=bias).to(dtype)
     inputs = torch.randn(batch, rows, 24, dtype=dtype)
     with torch.set_grad_enabled(with_gradients):
         outputs = layer(inputs)
@@ -34,13 +34,25 @@ def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, wit
     torch.testing.assert_close(outputs, expected, atol=tolerance, rtol=tolerance)
 
 
+def test_layers_are_plain_ones_again_afterwards():
+    """Quantisation, adapters and others look for `nn.Linear` itself."""
+    model = randomized_model()
+    before = [type(module) for module in model.modules()]
+    assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    with fast_products_of_few_rows(model):
+        assert type(model.lm_head) is FewRowLinear
+        assert type(model.model.modulation) is EsoModulation
+    model.generate(max_new_tokens=3)
+    assert [type(module) for module in model.modules()] == before
+
+
 @torch.no_grad()
 def test_folded_modulations_change_nothing_and_are_forgotten():
     model = randomized_model()
     text = random_batch(model, 2, 6)
     expected = model(text).logits
-    with model.modulations_folded():
-        assert torch.equal(model(text).logits, expected)
+    with model.ready_to_decode():
+        torch.testing.assert_close(model(text).logits, expected, atol=1e-4, rtol=0)
         folded = [module.folded for module in model.modules() if isinstance(module, EsoModulation)]
         assert len(folded) == 3
         assert all(vectors is not None for vectors in folded)
