@@ -78,14 +78,19 @@ class Intervals:
 
 
 def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
-    """`generate` itself, after prompts of several lengths: milliseconds a token, against Llama's own."""
+    """`generate` itself, after prompts of several lengths: milliseconds a token, against Llama's own.
+
+    Of the Eso-LM, and of the Llama as the backbone of one.
+    """
     rows = []
+    taken_over = EsoForMaskedDiffusion.from_causal_lm(llama, mask_token_id=args.vocab_size - 1)
     for context in args.contexts:
         prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
         systems = {"Llama": (llama, {"do_sample": True, "top_k": 0, "eos_token_id": None}, 1)}
         for tokens in args.tokens:
             settings = {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": args.new_tokens // tokens}
             systems[f"Eso-LM, {tokens} a step"] = (model, settings | {"eos_token_id": None}, tokens)
+            systems[f"Llama as Eso-LM, {tokens} a step"] = (taken_over, settings | {"eos_token_id": None}, tokens)
             if args.device != "cpu":  # where a step of many small kernels waits for the host
                 settings = settings | {"eos_token_id": None, "cache_implementation": "static"}
                 systems[f"Eso-LM, {tokens} a step, compiled"] = (model, settings, tokens)

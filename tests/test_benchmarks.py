@@ -24,6 +24,13 @@ def test_speed_at_toy_size(tmp_path):
         "block diffusion, 4",
         "block diffusion, 16",
     }
+    assert {row["system"] for row in results["generate"]} == {
+        "Llama",
+        "Eso-LM, 1 a step",
+        "Eso-LM, 4 a step",
+        "Llama as Eso-LM, 1 a step",
+        "Llama as Eso-LM, 4 a step",
+    }
     for row in results["generate"]:
         assert 0 < row["low"] <= row["median"] <= row["high"]
     assert [(row["batch"], row["nfe"]) for row in results["steps"]] == [(1, 16), (1, 4), (8, 16), (8, 4)]
