@@ -6,19 +6,31 @@ slots (sliding windows, ALiBi), carry a state from slot to slot (recurrent layer
 """
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import BlockMask
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import BlockMask, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mask import make_attention_mask
+from .configuration_eso import LENGTH_DEPENDENT_ROPE_TYPES
 
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+GROUPED_SDPA = "eso_grouped_sdpa"
+"""The name of `grouped_sdpa_attention_forward` among transformers' attention implementations."""
 
 
 def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -155,10 +167,59 @@ def _mask_for(
     # A mask of the slots fed: all of what is cached is visible.
     hidden = num_cached + num_slots - attention_mask.shape[-1] if attention_mask.shape[-1] == num_slots else 0
     attention_mask = nn.functional.pad(attention_mask, (hidden, 0), value=True)
-    if decoder.config._attn_implementation == "sdpa":
+    if decoder.config._attn_implementation in ("sdpa", GROUPED_SDPA):
         return attention_mask
     lowest = torch.finfo(decoder.dtype).min
     return torch.zeros(attention_mask.shape, dtype=decoder.dtype, device=device).masked_fill(~attention_mask, lowest)
+
+
+def grouped_sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
+
+    There it repeats them for every head of a group: in a decoding step the whole cache. Here the heads of a group are
+    further queries of the same keys.
+    """
+    batch, num_heads, slots, width = query.shape
+    groups = num_heads // key.shape[1]
+    is_plain = attention_mask is not None and attention_mask.shape[1] == 1
+    if groups == 1 or not is_plain or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    output = F.scaled_dot_product_attention(
+        query.reshape(batch, key.shape[1], groups * slots, width),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.reshape(batch, num_heads, slots, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa_attention_forward)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+
+
+@contextmanager
+def grouped_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    """Lets a decoder with sdpa attention use `grouped_sdpa_attention_forward`, for as long as the context lasts."""
+    implementation = decoder.config._attn_implementation
+    if implementation == "sdpa":
+        decoder.config._attn_implementation = GROUPED_SDPA
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = implementation
 
 
 @torch.no_grad()

@@ -5,6 +5,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from .validation import is_integer, is_number
 
+LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
+"""Rotary angles that change with the length of the text: keys in a cache would not be those of a longer text."""
+
 
 class EsoConfig(PreTrainedConfig):
     r"""Sizes, special tokens and phase mixture of an Eso-LM (arXiv 2506.01928).
@@ -160,13 +163,13 @@ class EsoConfig(PreTrainedConfig):
             )
 
     def _validate_rope_parameters(self):
-        rope_types = {"default", *ROPE_INIT_FUNCTIONS}
+        rope_types = {"default", *ROPE_INIT_FUNCTIONS} - set(LENGTH_DEPENDENT_ROPE_TYPES)
         given = self.rope_parameters if isinstance(self.rope_parameters, dict) else {}
         rope_type, rope_theta = given.get("rope_type"), given.get("rope_theta")
         if rope_type not in rope_types or not is_number(rope_theta) or not rope_theta > 0:
             raise ValueError(
-                f"`rope_parameters` must have a `rope_type` out of {sorted(rope_types)} and a positive `rope_theta`, "
-                f"got {self.rope_parameters!r}."
+                f"`rope_parameters` must have a `rope_type` out of {sorted(rope_types)}, whose angles do not change "
+                f"with the length, and a positive `rope_theta`, got {self.rope_parameters!r}."
             )
         if rope_type != "default":
             try:

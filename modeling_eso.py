@@ -9,7 +9,7 @@ import copy
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import make_attention_mask
 from .backbone import (
+    grouped_attention,
     learned_positions,
     make_backbone,
     prepare_backbone,
@@ -634,11 +635,14 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         for modulation in modulations:
             modulation.folded = modulation(self.model.timestep_embedding())
         try:
-            with fast_products_of_few_rows(self):
+            with fast_products_of_few_rows(self), self._fast_attention():
                 yield
         finally:
             for modulation in modulations:
                 modulation.folded = None
+
+    def _fast_attention(self) -> AbstractContextManager:
+        return nullcontext() if self.config.backbone_config is None else grouped_attention(self.model)
 
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden_states)

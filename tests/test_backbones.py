@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import backbone_config, random_batch, random_orders, randomized_model
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
@@ -130,6 +131,28 @@ def test_static_steps_and_other_caches(kind):
         for part in (slice(0, 4), slice(4, 7), slice(7, 8))
     ]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_grouped_heads_need_no_copies(monkeypatch):
+    """While decoding; the cache of a Llama with two heads of keys for four of queries is read as it is."""
+    model = eso_of("llama")
+    ids, orders = random_batch(model, 2, 8), random_orders(2, 8)
+    expected = model(ids, position_ids=orders).logits
+    seen = []
+
+    def attention(query, key, value, **kwargs):
+        seen.append((query.shape[1], key.shape[1]))
+        return scaled_dot_product_attention(query, key, value, **kwargs)
+
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", attention)
+    with model.ready_to_decode():
+        cache = model(ids[:, :5], position_ids=orders[:, :5], use_cache=True).past_key_values
+        seen.clear()
+        logits = model(ids[:, 5:], position_ids=orders[:, 5:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, expected[:, 5:], atol=1e-4, rtol=0)
+    assert seen == [(2, 2), (2, 2)]
+    assert model.model.config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()

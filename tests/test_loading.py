@@ -147,6 +147,7 @@ def test_config_defaults_are_the_small_model():
         ({"pad_token_id": 23}, "`pad_token_id` and `mask_token_id` are both 23"),
         ({"tie_word_embeddings": "yes"}, "`tie_word_embeddings`"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "rope_type"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "do not change"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "must have the key 'factor'"),
         ({"head_dim": 16}, "`head_dim` is always"),
     ],
