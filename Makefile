@@ -2,8 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Of `make reproduce`: minutes, hours or gpu.
+SCALE ?= minutes
 
-.PHONY: demo test bench clean
+.PHONY: demo test bench reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -15,6 +17,9 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
+
+reproduce: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reproduce.py --scale $(SCALE)
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

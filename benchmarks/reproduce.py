@@ -44,7 +44,7 @@ from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from text_data import pack, python_documents, train_tokenizer
-from trainer_callbacks import WholeCheckpoints, last_whole_checkpoint
+from trainer_callbacks import last_whole_checkpoint, train_or_go_on
 
 METRICS = Path(__file__).parents[1] / "metrics"
 ALPHAS = (1.0, 0.5, 0.25, 0.125, 0.0)
@@ -185,9 +185,7 @@ def train(name: str, rate: float, steps: int, folder: Path, corpus: Corpus, args
     trainer = ObjectiveTrainer(
         objective, model, training, data_collator=default_data_collator, train_dataset=corpus.train
     )
-    trainer.add_callback(WholeCheckpoints())
-    checkpoint = last_whole_checkpoint(folder)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    train_or_go_on(trainer, last_whole_checkpoint(folder))
     trainer.save_model()
     return trainer.state.log_history
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from run_pretraining import split, with_special_tokens
 from text_data import LAYOUTS, load_text_dataset, tokenize
-from trainer_callbacks import NoiseByEpoch, Report, WholeCheckpoints, last_whole_checkpoint
+from trainer_callbacks import NoiseByEpoch, Report, last_whole_checkpoint, train_or_go_on
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -122,8 +122,7 @@ def main(arguments: Arguments, training: AdaptationArguments) -> None:
     if examples:
         trainer.add_callback(HeldOutEvaluationCallback(trainer, examples, every=arguments.evaluate_every))
     trainer.add_callback(Report())
-    trainer.add_callback(WholeCheckpoints())
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    train_or_go_on(trainer, checkpoint)
     if arguments.lora_rank is not None and arguments.merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     trainer.save_model()

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from run_pretraining import with_special_tokens
-from trainer_callbacks import NoiseByEpoch, Report, WholeCheckpoints, last_whole_checkpoint
+from trainer_callbacks import NoiseByEpoch, Report, last_whole_checkpoint, train_or_go_on
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -86,8 +86,7 @@ def main(arguments: Arguments, training: FinetuningArguments) -> None:
     if held_out is not None:
         trainer.add_callback(HeldOutEvaluationCallback(trainer, list(held_out), every=arguments.evaluate_every))
     trainer.add_callback(Report())
-    trainer.add_callback(WholeCheckpoints())
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    train_or_go_on(trainer, checkpoint)
     if arguments.merge:
         trainer.model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     trainer.save_model()

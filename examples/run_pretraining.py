@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from text_data import LAYOUTS, load_text_dataset, tokenize, train_tokenizer
-from trainer_callbacks import NoiseByEpoch, Report, WholeCheckpoints, last_whole_checkpoint
+from trainer_callbacks import NoiseByEpoch, Report, last_whole_checkpoint, train_or_go_on
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from eso_lm import (
@@ -136,11 +136,10 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
             )
         )
     trainer.add_callback(Report())
-    trainer.add_callback(WholeCheckpoints())
 
     if trainer.is_world_process_zero():
         print(f"{model.num_parameters():,} parameters, {'a new run' if checkpoint is None else f'from {checkpoint}'}")
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    train_or_go_on(trainer, checkpoint)
     trainer.save_model()
     if average is not None:
         average.save(Path(training.output_dir) / average.folder)

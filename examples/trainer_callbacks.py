@@ -1,9 +1,10 @@
 """What the training recipes add to a Trainer: checkpoints that are known to be whole, noise by epoch, a report."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
@@ -26,6 +27,29 @@ def last_whole_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of most steps that was written to its end, or None."""
     whole = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (path / WHOLE).exists()]
     return max(whole, key=lambda path: int(path.name.split("-")[-1]), default=None)
+
+
+class RunIsCompleteError(Exception):
+    """A checkpoint to go on from is that of the last step."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Raises `RunIsCompleteError` where the Trainer, resumed at its last step, would begin with one more."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise RunIsCompleteError
+
+
+def train_or_go_on(trainer: Trainer, checkpoint: Path | None) -> None:
+    """Trains to the end, from a checkpoint of `last_whole_checkpoint` if there is one; call it after all callbacks.
+
+    A run that was at its end already has its weights, and averages, back, and is trained no more.
+    """
+    trainer.add_callback(NoStepTooMany())
+    trainer.add_callback(WholeCheckpoints())
+    with suppress(RunIsCompleteError):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
 
 
 class NoiseByEpoch(TrainerCallback):

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import adapt_causal_lm
 import pytest
 import run_finetuning
 import run_pretraining
@@ -18,7 +19,17 @@ from text_data import load_text_dataset, python_documents, tokenize, train_token
 from tiny_models import randomized_model
 from tokenizers import Tokenizer, models
 from trainer_callbacks import last_whole_checkpoint
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion, ExponentialMovingAverageCallback
 
@@ -121,6 +132,20 @@ def test_other_ways_to_pretrain(texts, small_config, tmp_path, changes):
     assert len(losses(history)) == 4
     assert all(1 < loss < 8 for loss in losses(history))
     assert (tmp_path / "ema").is_dir() == (changes.get("ema_decay") != 0.0)
+
+
+def test_a_complete_run_is_not_trained_any_further(texts, small_config, tmp_path):
+    """Even where its end is in the midst of an epoch, and its last files were lost."""
+    pretrain(texts, small_config, tmp_path, max_steps=5)
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("", "ema")]
+    names = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+    for name in ("", "ema"):
+        (tmp_path / name / "model.safetensors").unlink()
+    pretrain(texts, small_config, tmp_path, max_steps=5)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == names
+    for name, expected in zip(("", "ema"), weights, strict=True):
+        again = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(again[key], weight) for key, weight in expected.items())
 
 
 def test_going_on_from_a_model_at_another_alpha_0(texts, small_config, tmp_path):
@@ -402,3 +427,63 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
         one, two = load_file(tmp_path / "alone" / name), load_file(tmp_path / "two" / name)
         for key, value in one.items():
             torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def causal_folder(tmp_path) -> Path:
+    """A tiny Llama with a tokenizer that knows no mask and no padding."""
+    trained = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, eos_token=trained.eos_token)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "causal")
+    tokenizer.save_pretrained(tmp_path / "causal")
+    return tmp_path / "causal"
+
+
+def adapt(model: Path, texts: Path, output: Path, **changes) -> None:
+    settings = {"model": model, "dataset": texts, "text_column": "body", "output_dir": output, "length": 24}
+    settings |= {"held_out_documents": 5, "held_out_rows": 4, "evaluate_every": 2, "max_steps": 4, "save_steps": 2}
+    settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
+    arguments = [f"--{name}={value}" for name, value in (settings | changes).items()]
+    adapt_causal_lm.main(*adapt_causal_lm.parse_args(arguments))
+
+
+@pytest.mark.parametrize("changes", [{}, {"anneal": 0, "alpha_0": 1.0}, {"lora_rank": 4}])
+def test_a_causal_model_becomes_an_eso_lm(texts, causal_folder, tmp_path, changes):
+    adapt(causal_folder, texts, tmp_path / "eso", **changes)
+    model, tokenizer = AutoModel.from_pretrained(tmp_path / "eso"), AutoTokenizer.from_pretrained(tmp_path / "eso")
+    assert model.config.backbone_config.model_type == "llama"
+    assert model.config.alpha_0 == changes.get("alpha_0", 0.25)
+    assert model.config.mask_token_id == tokenizer.mask_token_id == len(tokenizer) - 1
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    history = json.loads((tmp_path / "eso" / "metrics.json").read_text())
+    assert [row["step"] for row in history if "held_out_nelbo" in row] == [2, 4]
+
+
+def test_alpha_0_grows_with_the_steps():
+    collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=9, alpha_0=0.5)
+    annealed = adapt_causal_lm.AnnealedCollator(collator, 0.5)
+    rows = [{"input_ids": list(range(8))} for _ in range(8)]
+    in_diffusion = []
+    for step in (0, 1, 25, 50, 100):
+        annealed.on_step_begin(None, TrainerState(global_step=step, max_steps=100), None)
+        assert annealed.progress == min(1, step / 50)
+        in_diffusion.append(int((~annealed(rows)["sequential_rows"]).sum()))
+    assert in_diffusion == [0, 4, 4, 4, 4]
+    assert adapt_causal_lm.AnnealedCollator(collator, 0).progress == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"anneal": 1.5}, "`anneal` must be a share"),
+        ({"dataloader_num_workers": 1}, "set it to 0"),
+        ({"alpha_0": -1}, "`alpha_0` must be"),
+        ({"length": 10**6}, "too short for rows"),
+    ],
+)
+def test_misfits_of_adaptation_are_refused(texts, causal_folder, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        adapt(causal_folder, texts, tmp_path / "eso", **changes)
+    assert not (tmp_path / "eso" / "model.safetensors").exists()
