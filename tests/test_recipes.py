@@ -433,7 +433,8 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
 def causal_folder(tmp_path) -> Path:
     """A tiny Llama with a tokenizer that knows no mask and no padding."""
     trained = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained.backend_tokenizer, eos_token=trained.eos_token)
+    backend = Tokenizer.from_str(trained.backend_tokenizer.to_str().replace(trained.mask_token, "<|other|>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=trained.eos_token)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **sizes)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "causal")
