@@ -129,7 +129,7 @@ def run_backbone(
         past_key_values = DynamicCache()
     return decoder(
         input_ids=input_ids,
-        attention_mask=_mask_for(decoder, attention_mask, batch, num_slots, num_cached, tokens.device),
+        attention_mask=_mask_for(decoder, attention_mask, batch, num_slots, past_key_values, tokens.device),
         position_ids=position_ids.expand(batch, num_slots),
         past_key_values=past_key_values,
         inputs_embeds=inputs_embeds,
@@ -144,11 +144,13 @@ def _mask_for(
     attention_mask: torch.Tensor | BlockMask | None,
     batch: int,
     num_slots: int,
-    num_cached: int,
+    past_key_values: Cache | None,
     device: torch.device,
 ) -> torch.Tensor | BlockMask | None:
     """A mask that the decoder understands and leaves alone."""
+    num_keys = num_slots if past_key_values is None else past_key_values.get_mask_sizes(num_slots, 0)[0]
     if attention_mask is None:
+        num_cached = num_keys - num_slots
         if num_cached == 0:
             return torch.ones(batch, num_slots, dtype=torch.long, device=device)
         if num_slots == 1:
@@ -157,16 +159,13 @@ def _mask_for(
         def sees(row, head, query, key):
             return key <= query + num_cached
 
-        return make_attention_mask(
-            decoder.config, sees, batch, num_slots, num_cached + num_slots, decoder.dtype, device
-        )
+        return make_attention_mask(decoder.config, sees, batch, num_slots, num_keys, decoder.dtype, device)
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
         return attention_mask
     if attention_mask.dtype != torch.bool:
         return attention_mask
-    # A mask of the slots fed: all of what is cached is visible.
-    hidden = num_cached + num_slots - attention_mask.shape[-1] if attention_mask.shape[-1] == num_slots else 0
-    attention_mask = nn.functional.pad(attention_mask, (hidden, 0), value=True)
+    # A mask narrower than the keys speaks of the last of them, as in `EsoModel`: all before are visible.
+    attention_mask = F.pad(attention_mask, (num_keys - attention_mask.shape[-1], 0), value=True)
     if decoder.config._attn_implementation in ("sdpa", GROUPED_SDPA):
         return attention_mask
     lowest = torch.finfo(decoder.dtype).min

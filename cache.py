@@ -52,7 +52,8 @@ class PreallocatedLayer(CacheLayerMixin):
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        # With slots named for each row, `length` counts those that are to be written already.
+        return self.length + (query_length if self.row_slots is None else 0), 0
 
     def get_seq_length(self) -> int:
         return self.length

@@ -87,6 +87,20 @@ def test_rows_of_a_ragged_batch_are_what_they_would_be_alone(kind, attention, se
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("length", [0, 1, 4])
+@pytest.mark.parametrize("settings", [{"lossless": True}, {"entropy_bound": 4.0}, {"cache_implementation": "static"}])
+def test_rows_of_equal_prompts_are_what_they_would_be_alone(attention, length, settings):
+    """Their first forward is as wide as the mask that names each row's own slots."""
+    model = eso_of("llama", attention)
+    prompts = random_batch(model, 2, length)
+    settings = settings | {"max_new_tokens": 6, "alpha_0": 1.0}
+    both = model.generate(prompts, generator=[torch.Generator().manual_seed(seed) for seed in range(2)], **settings)
+    for row in range(2):
+        alone = model.generate(prompts[row : row + 1], generator=[torch.Generator().manual_seed(row)], **settings)
+        assert torch.equal(both[row], alone[0])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
 def test_probabilities_of_all_texts_add_up_to_one(kind, attention, alpha_0):
     model = eso_of(kind, attention, vocab_size=4)
