@@ -64,9 +64,9 @@ class EsoTimestepEmbedding(nn.Module):
 
     def forward(self) -> torch.Tensor:
         bias = self.in_proj.bias  # the weight may be quantised
-        sinusoid = torch.zeros(self.sinusoid_width, dtype=bias.dtype, device=bias.device)
-        sinusoid[: self.sinusoid_width // 2] = 1
-        return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))
+        sinusoid = torch.zeros(1, self.sinusoid_width, dtype=bias.dtype, device=bias.device)
+        sinusoid[:, : self.sinusoid_width // 2] = 1
+        return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))[0]
 
 
 class EsoRotaryEmbedding(LlamaRotaryEmbedding):
