@@ -62,9 +62,9 @@ class EsoTimestepEmbedding(nn.Module):
         self.in_proj = nn.Linear(self.sinusoid_width, config.cond_dim)
         self.out_proj = nn.Linear(config.cond_dim, config.cond_dim)
 
-    def forward(self) -> torch.Tensor:
-        bias = self.in_proj.bias  # the weight may be quantised
-        sinusoid = torch.zeros(1, self.sinusoid_width, dtype=bias.dtype, device=bias.device)
+    def forward(self, like: torch.Tensor) -> torch.Tensor:
+        """The vector, of the type and in the place of `like`; those of the layers' own weights may be quantised."""
+        sinusoid = torch.zeros(1, self.sinusoid_width, dtype=like.dtype, device=like.device)
         sinusoid[:, : self.sinusoid_width // 2] = 1
         return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))[0]
 
@@ -352,7 +352,7 @@ class EsoModel(EsoPreTrainedModel):
                 past_key_values=past_key_values,
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
-        conditioning = self.timestep_embedding()
+        conditioning = self.timestep_embedding(self.norm.weight)
 
         hidden_states = inputs_embeds
         for layer in self.layers:
@@ -633,7 +633,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         """
         modulations = [module for module in self.modules() if isinstance(module, EsoModulation)]
         for modulation in modulations:
-            modulation.folded = modulation(self.model.timestep_embedding())
+            modulation.folded = modulation(self.model.timestep_embedding(self.model.norm.weight))
         try:
             with fast_products_of_few_rows(self), self._fast_attention():
                 yield

@@ -105,7 +105,7 @@ def load_model(arguments: Arguments) -> PreTrainedModel:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
     if arguments.load_in_4bit:
-        model = prepare_model_for_kbit_training(model)
+        model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     modules = arguments.lora_modules
     lora = LoraConfig(
         r=arguments.lora_rank,

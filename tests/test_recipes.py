@@ -429,6 +429,24 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
             torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
 
 
+def test_finetuning_of_weights_in_4_bits(tmp_path):
+    """QLoRA: bitsandbytes has kernels for the CPU."""
+    pytest.importorskip("bitsandbytes")
+    tokenizer = train_tokenizer(["The number 5 is followed by the number 6. " * 20], 300, 32)
+    tokens = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "eos_token_id": 0}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "cond_dim": 64}  # multiples of 32, for its kernels
+    randomized_model(**tokens, **sizes).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "train.jsonl").write_text('{"prompt": "The number", "completion": " 5."}\n' * 8)
+    arguments = {"model": tmp_path / "model", "train_file": tmp_path / "train.jsonl", "output_dir": tmp_path / "tuned"}
+    arguments |= {"max_steps": 8, "learning_rate": 1e-2, "use_cpu": True, "report_to": "none", "logging_steps": 1}
+    arguments |= {"lora_rank": 4, "load_in_4bit": True, "disable_tqdm": True, "warmup_steps": 0}
+    run_finetuning.main(*run_finetuning.parse_args([f"--{name}={value}" for name, value in arguments.items()]))
+    history = losses(json.loads((tmp_path / "tuned" / "metrics.json").read_text()))
+    assert history[-1] < history[0] - 1
+    assert (tmp_path / "tuned" / "adapter_model.safetensors").exists()
+
+
 @pytest.fixture
 def causal_folder(tmp_path) -> Path:
     """A tiny Llama with a tokenizer that knows no mask and no padding."""
