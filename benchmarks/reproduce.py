@@ -43,13 +43,14 @@ from transformers import (
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from text_data import pack, python_documents, train_tokenizer
+from quickstart import has_fast_bfloat16
+from text_data import pack, python_documents, train_tokenizer, without_overlap
 from trainer_callbacks import last_whole_checkpoint, train_or_go_on
 
 METRICS = Path(__file__).parents[1] / "metrics"
 ALPHAS = (1.0, 0.5, 0.25, 0.125, 0.0)
 BLOCKS = (4, 16)
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 
 
 @dataclass
@@ -73,9 +74,9 @@ class Scale:
 
 
 SCALES = {
-    "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 8, 2, 2, 4, (4, 16), every=60),
-    "minutes": Scale(128, 3, 128, 2048, 16, 400, 500, 60, 64, 8, 8, 32, (8, 32, 128)),
-    "hours": Scale(192, 4, 128, 2048, 16, 800, 1200, 120, 128, 16, 16, 64, (4, 8, 16, 32, 64, 128)),
+    "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 16, 8, 2, 4, (4, 16), every=60),
+    "minutes": Scale(128, 3, 128, 2048, 16, 400, 500, 100, 64, 8, 8, 32, (8, 32, 128)),
+    "hours": Scale(128, 4, 128, 2048, 16, 2400, 3000, 300, 128, 16, 16, 64, (4, 8, 16, 32, 64, 128)),
     "gpu": Scale(768, 12, 1024, 16384, 64, 50_000, 60_000, 2000, 512, 16, 16, 64, (8, 16, 64, 256, 1024)),
 }
 
@@ -106,14 +107,15 @@ class Corpus:
 
     def _write(self, folder: Path, scale: Scale) -> None:
         documents = python_documents(everything=True)[:: scale.every]
-        train = [document for index, document in enumerate(documents) if index % 20]
+        held_out = documents[::20]
+        train = without_overlap([document for index, document in enumerate(documents) if index % 20], held_out)
         tokenizer = train_tokenizer(train, scale.vocab_size, scale.length)
-        held_out = pack(documents[::20], tokenizer, scale.length)
-        if len(held_out) < scale.held_out_rows:
-            raise ValueError(f"The text has {len(held_out)} held-out rows, {scale.held_out_rows} are needed.")
+        rows = pack(held_out, tokenizer, scale.length)
+        if len(rows) < scale.held_out_rows:
+            raise ValueError(f"The text has {len(rows)} held-out rows, {scale.held_out_rows} are needed.")
         tokenizer.save_pretrained(folder)
         pack(train, tokenizer, scale.length).save_to_disk(folder / "train")
-        held_out.take(scale.held_out_rows).save_to_disk(folder / "held_out")
+        rows.shuffle(seed=0).take(scale.held_out_rows).save_to_disk(folder / "held_out")
 
 
 def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float, scale: Scale) -> EsoForMaskedDiffusion:
@@ -126,7 +128,7 @@ def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float, scale: Scale) 
             eos_token_id=tokenizer.eos_token_id,
             hidden_size=scale.hidden_size,
             num_hidden_layers=scale.num_layers,
-            num_attention_heads=max(scale.hidden_size // 48, 1),
+            num_attention_heads=max(scale.hidden_size // 64, 4),
             max_position_embeddings=scale.length,
             hidden_dropout=0.0,
             alpha_0=alpha_0,
@@ -170,7 +172,8 @@ def train(name: str, rate: float, steps: int, folder: Path, corpus: Corpus, args
         lr_scheduler_type="cosine",
         warmup_steps=max(steps // 10, 1),
         weight_decay=0.01,
-        bf16=args.device == "cuda",
+        bf16=has_fast_bfloat16(),
+        adam_beta2=0.99,
         use_cpu=args.device == "cpu",
         logging_steps=max(steps // 40, 1),
         save_steps=max(steps // 4, 1),

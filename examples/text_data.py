@@ -101,6 +101,24 @@ def load_texts(name: str, config: str | None = None, split: str = "train", colum
     return texts
 
 
+def without_overlap(documents: list[str], held_out: list[str], num_words: int = 13) -> list[str]:
+    """The documents without the paragraphs that share `num_words` words in a row with held-out ones.
+
+    Documentation repeats itself: without this a model is tested on what it was trained on.
+    """
+
+    def runs_of_words(text: str) -> set[tuple[str, ...]]:
+        words = text.split()
+        return {tuple(words[start : start + num_words]) for start in range(len(words) - num_words + 1)}
+
+    taken = set().union(*(runs_of_words(paragraph) for document in held_out for paragraph in document.split("\n")))
+    kept = (
+        "\n".join(paragraph for paragraph in document.split("\n") if taken.isdisjoint(runs_of_words(paragraph)))
+        for document in documents
+    )
+    return [document for document in kept if document]
+
+
 def train_tokenizer(documents: list[str], vocab_size: int, length: int) -> PreTrainedTokenizerFast:
     """Trains a byte-level BPE tokenizer with an end-of-text, a padding and a mask token on `documents`."""
     bpe = Tokenizer(models.BPE())
