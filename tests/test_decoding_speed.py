@@ -11,7 +11,7 @@ from transformers import CompileConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
 from eso_lm.linear import MAX_DECODED_SLOTS, FewRowLinear, fast_products_of_few_rows
-from eso_lm.modeling_eso import EsoModulation
+from eso_lm.modeling_eso import MAX_QUERIES_TRANSPOSED, EsoModulation, eager_attention_forward
 
 
 @settings(max_examples=60, deadline=None)
@@ -32,6 +32,32 @@ def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, wit
     assert outputs.requires_grad == with_gradients
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(outputs, expected, atol=tolerance, rtol=tolerance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.integers(1, MAX_QUERIES_TRANSPOSED + 2),
+    cached=st.integers(0, 5),
+    batch=st.integers(1, 3),
+    is_boolean=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_attention_of_few_queries_is_attention(queries, cached, batch, is_boolean, dtype):
+    """Keys in a part of a larger cache, a mask of the last keys alone; against transformers' sdpa in float64."""
+    torch.manual_seed(queries)
+    query = torch.randn(batch, queries, 2, 8, dtype=dtype).transpose(1, 2)  # as the projections leave it
+    key, value = (torch.randn(batch, 2, 40, 8, dtype=dtype)[:, :, : cached + queries] for _ in range(2))
+    is_visible = torch.rand(1, 1, queries, queries) < 0.5
+    is_visible[..., range(queries), range(queries)] = True
+    mask = is_visible if is_boolean else torch.zeros(is_visible.shape, dtype=dtype).masked_fill(~is_visible, -1e9)
+    expected = F.scaled_dot_product_attention(
+        query.double(), key.double(), value.double(), attn_mask=F.pad(is_visible, (cached, 0), value=True), scale=0.3
+    )
+    with torch.no_grad():
+        output, weights = eager_attention_forward(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+    tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(output.transpose(1, 2).double(), expected, atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(weights.sum(dim=-1).float(), torch.ones(batch, 2, queries), atol=tolerance, rtol=0)
 
 
 def test_layers_are_plain_ones_again_afterwards():

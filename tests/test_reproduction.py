@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ngram import KneserNey
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, add_noise
 from parallel_runs import run_in_processes
+from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
@@ -112,6 +113,22 @@ def test_ngrams_by_hand():
     )
     with pytest.raises(ValueError, match="`order`"):
         KneserNey([[0]], 0, 4)
+
+
+@given(
+    held_out=st.lists(st.lists(st.sampled_from("abc"), max_size=6).map(" ".join), max_size=3),
+    documents=st.lists(st.lists(st.lists(st.sampled_from("abcd"), max_size=6).map(" ".join), max_size=3), max_size=3),
+)
+def test_nothing_that_is_trained_on_is_held_out(held_out, documents):
+    def is_clean(paragraph: str) -> bool:
+        words = paragraph.split()
+        return not any(
+            f" {' '.join(words[i : i + 3])} " in f" {text} " for text in held_out for i in range(len(words) - 2)
+        )
+
+    expected = ["\n".join(filter(is_clean, paragraphs)) for paragraphs in documents]
+    found = without_overlap(["\n".join(paragraphs) for paragraphs in documents], held_out, num_words=3)
+    assert found == [document for document in expected if document]
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8, unique=True))
