@@ -57,6 +57,8 @@ def prepare_backbone(decoder: PreTrainedModel) -> PreTrainedModel:
     missing = [name for name in NEEDED_ARGUMENTS if name not in inspect.signature(decoder.forward).parameters]
     if missing:
         raise _unfit(kind, f"its forward does not take {missing}: it cannot be told the positions of shuffled tokens")
+    if not decoder._can_set_attn_implementation():
+        raise _unfit(kind, "its attention goes past transformers' attention interface, with masks of its own")
     if decoder._is_stateful:
         raise _unfit(kind, "it has recurrent layers, whose state cannot forget a slot again")
     causal = [module.is_causal for module in decoder.modules() if hasattr(module, "is_causal")]
@@ -75,13 +77,16 @@ def require_full_causal_attention(config: PreTrainedConfig) -> None:
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
     if others - {"sliding_attention", "chunked_attention"}:
         raise _unfit(kind, f"its layers of the types {sorted(others)} carry a state from slot to slot")
+    # Where layers have types, these say which of them have a window, whatever `sliding_window` is.
+    has_layer_types = hasattr(type(config), "layer_types") and getattr(config, "layer_types", None) is not None
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if others or window is not None:
+    if others or (window is not None and not has_layer_types):
         what = f"layers of the types {sorted(others)}" if others else f"`sliding_window={window}`"
+        remedy = "make every one of `layer_types` 'full_attention'" if has_layer_types else "set `sliding_window=None`"
         raise _unfit(
             kind,
             f"the windows of its attention ({what}) count slots, which here are not the positions. To let every token "
-            f"see all before it, set `sliding_window=None`, and 'full_attention' in `layer_types`",
+            f"see all before it, {remedy}",
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         raise _unfit(kind, f"`attention_chunk_size={config.attention_chunk_size}` counts slots")

@@ -43,7 +43,7 @@ class ExponentialMovingAverageCallback(TrainerCallback):
         parameters = self._parameters(model)
         sources = parameters
         if self.resume_from is not None:
-            unwrapped = self.trainer.accelerator.unwrap_model(model)
+            unwrapped = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
             saved = type(unwrapped).from_pretrained(Path(self.resume_from) / self.folder, dtype="auto")
             sources = dict(saved.named_parameters())
         with torch.no_grad():
@@ -78,8 +78,8 @@ class ExponentialMovingAverageCallback(TrainerCallback):
                 weight.copy_(trained[name])
 
     def _parameters(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        parameters = self.trainer.accelerator.unwrap_model(model).named_parameters()
-        return {name: weight for name, weight in parameters if weight.requires_grad}
+        unwrapped = self.trainer.accelerator.unwrap_model(model, keep_torch_compile=False)
+        return {name: weight for name, weight in unwrapped.named_parameters() if weight.requires_grad}
 
 
 def _like(source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

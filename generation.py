@@ -70,9 +70,9 @@ class EsoGenerationConfig(GenerationConfig):
         num_candidates (`int`, *optional*): Masks that adaptive unmasking looks at in a forward. `None`: 16.
         lossless (`bool`, *optional*, defaults to `False`): Whether tokens are only drafted in parallel, and kept or
             replaced so that the text is distributed exactly as if drawn one token a forward in the same order.
-        draft_length (`int` or `str`, *optional*): Tokens of a draft, with `lossless`; "auto" or `None`: chosen for
-            each row by what its drafts have met with. A strided order has so many tokens a stride ("auto": 16),
-            unless `num_diffusion_steps` says otherwise.
+        draft_length (`int` or `str`, *optional*): Tokens of a draft, with `lossless` (unused where that is `False`);
+            "auto" or `None`: chosen for each row by what its drafts have met with. A strided order has so many tokens
+            a stride ("auto": 16), unless `num_diffusion_steps` says otherwise.
         progress_bar (`bool`, *optional*, defaults to `False`): Whether to show how many tokens have been decoded.
         kwargs: The fields of [`GenerationConfig`]; `do_sample` defaults to `True` and `top_k` to no filter.
 
@@ -149,7 +149,7 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`lossless` decides by itself how many tokens of a forward it keeps: unset `{criteria[0]}` (also in "
                 f"`model.generation_config`)."
             )
-        if self.draft_length is not None and not self.lossless:
+        if self.draft_length is not None and self.lossless is None:
             raise ValueError(f"`draft_length={self.draft_length!r}` is for lossless decoding: set `lossless` too.")
         if self.num_candidates is not None and not criteria:
             raise ValueError(
@@ -375,7 +375,8 @@ class EsoGenerationMixin(GenerationMixin):
             num_judging = 0
             if generation_config.lossless:
                 fixed = generation_config.draft_length not in (None, "auto")
-                num_judging = (generation_config.draft_length if fixed else max(DRAFT_LENGTHS)) - 1
+                longest = generation_config.draft_length if fixed else max(DRAFT_LENGTHS)
+                num_judging = max(min(longest, generation_config.max_length) - 1, 0)
             model_kwargs["past_key_values"] = PreallocatedCache(
                 self.config.num_hidden_layers,
                 generation_config.max_length + num_judging,

@@ -34,7 +34,7 @@ class FewRowLinear(nn.Linear):
         flat = inputs.reshape(rows, -1).contiguous()
         # A single row is slower than two: it is computed twice.
         columns = (flat if rows > 1 else flat.repeat(2, 1)).t()
-        outputs = (weight @ columns).t()[:rows]
+        outputs = (weight @ columns).t()[:rows].contiguous()  # as any linear layer gives them
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.reshape(*inputs.shape[:-1], -1)

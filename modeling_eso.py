@@ -45,7 +45,7 @@ from .generation_order import order_of_slots, text_positions
 from .likelihood import EsoLikelihoodMixin
 from .linear import MAX_DECODED_SLOTS, fast_products_of_few_rows
 from .model_card import TAGS, write_model_card
-from .validation import require_shape
+from .validation import is_integer, require_shape
 
 MAX_QUERIES_TRANSPOSED = 16
 """Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
@@ -396,7 +396,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             self.model = make_backbone(config.backbone_config)
             config.backbone_config = self.model.config
             self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        # The states that a decoder gives are as wide as the embeddings that it takes, if not as those in between.
+        self.lm_head = nn.Linear(self.get_input_embeddings().embedding_dim, config.vocab_size)
         self.post_init()
 
     def _init_weights(self, module: nn.Module):
@@ -423,7 +424,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         Args:
             model: Name or folder for `AutoModelForCausalLM.from_pretrained`; or a model, which is copied.
             mask_token_id: An id that no text holds; None: the first one behind the vocabulary, which grows to hold
-                it. Its embedding begins as the mean of all others.
+                it. Its embedding begins as the mean of all others; so do those of other new ids, if there are some
+                before it, which are tokens like any other.
             alpha_0: That of the config.
             kwargs: For `from_pretrained` (`dtype`, `attn_implementation`, `quantization_config`, `device_map`, ...).
 
@@ -433,6 +435,12 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         Raises:
             ValueError: when the model cannot be the backbone of an Eso-LM; the message says why.
         """
+        if not isinstance(model, str | os.PathLike | PreTrainedModel) or isinstance(model, EsoPreTrainedModel):
+            raise ValueError(
+                f"`model` must be a causal language model, or the name or folder of one, got {type(model).__name__}."
+            )
+        if mask_token_id is not None and not (is_integer(mask_token_id) and mask_token_id >= 0):
+            raise ValueError(f"`mask_token_id` must be an id (an integer >= 0) or None, got {mask_token_id!r}.")
         if not isinstance(model, PreTrainedModel):
             model = AutoModelForCausalLM.from_pretrained(model, **kwargs)
         elif kwargs:
@@ -832,10 +840,18 @@ def _name_of_embedding(backbone: PreTrainedModel) -> str:
 @torch.no_grad()
 def _require_plain_head(model: PreTrainedModel) -> None:
     """Raises a ValueError if the logits of a causal model are more than its head applied to its last states."""
+    config = model.config
+    # A cap shows in large logits only, a scale not in small ones: what is declared counts too.
+    declared = {
+        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None) is not None,
+        "logits_scaling": getattr(config, "logits_scaling", 1) != 1,
+        "logit_scale": getattr(config, "logit_scale", None) not in (None, 1),
+    }
     input_ids = torch.arange(1, 4, device=model.device)[None]
     states = model.base_model(input_ids, use_cache=False).last_hidden_state
     logits = model(input_ids, use_cache=False).logits
-    if not torch.allclose(model.get_output_embeddings()(states).float(), logits.float(), rtol=0.02, atol=0.02):
+    is_plain = torch.allclose(model.get_output_embeddings()(states).float(), logits.float(), rtol=0.02, atol=0.02)
+    if not is_plain or any(declared.values()):
         raise ValueError(
             f"The head of {type(model).__name__} does more than a linear map (a soft cap, or a scale), for which an "
             f"Eso-LM has no place."

@@ -55,7 +55,7 @@ def interleaved(functions: dict[str, Callable[[], None]], repeats: int, device: 
 
 def summary(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
-    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
     return {"median": median(values), "low": low, "high": high}
 
 

@@ -17,7 +17,14 @@ from pathlib import Path
 import torch
 from run_pretraining import split, with_special_tokens
 from text_data import LAYOUTS, load_text_dataset, tokenize
-from trainer_callbacks import NoiseByEpoch, Report, last_whole_checkpoint, train_or_go_on
+from trainer_callbacks import (
+    NoiseByEpoch,
+    Report,
+    check_resumable,
+    last_whole_checkpoint,
+    require_same_run,
+    train_or_go_on,
+)
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -43,7 +50,9 @@ class Arguments:
     streaming: bool = field(default=False, metadata={"help": "read the texts while training"})
     layout: str = field(default="packed", metadata={"help": f"how documents become rows: one of {LAYOUTS}"})
     length: int = field(default=256, metadata={"help": "tokens of a row"})
-    held_out_documents: int = field(default=100, metadata={"help": "first documents, kept for evaluation; 0: none"})
+    held_out_documents: int | None = field(
+        default=None, metadata={"help": "first documents, kept for evaluation; unset: 100, or a twentieth; 0: none"}
+    )
     held_out_rows: int = field(default=128, metadata={"help": "rows of them that are evaluated, at most"})
     evaluate_every: int = field(default=200, metadata={"help": "optimiser steps between held-out evaluations"})
 
@@ -93,7 +102,10 @@ def main(arguments: Arguments, training: AdaptationArguments) -> None:
         raise ValueError(
             "`anneal` changes the noise from step to step, which `dataloader_num_workers` would not see: set it to 0."
         )
+    check_resumable(training)
     checkpoint = last_whole_checkpoint(Path(training.output_dir))
+    if training.process_index == 0:
+        require_same_run(Path(training.output_dir), checkpoint, arguments)
     set_seed(training.seed)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = load_model(arguments, tokenizer)

@@ -98,7 +98,10 @@ def sequences(
     between documents have none.
     """
     if args.per_document:
-        rows = [tokenizer(text, truncation=True, max_length=length)["input_ids"] for text in texts]
+        rows = [
+            tokenizer(text, truncation=True, max_length=length, split_special_tokens=True)["input_ids"]
+            for text in texts
+        ]
         rows = [row for row in rows if row]
     else:
         blocks = pack(texts, tokenizer, length)

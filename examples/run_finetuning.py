@@ -18,7 +18,14 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from run_pretraining import with_special_tokens
-from trainer_callbacks import NoiseByEpoch, Report, last_whole_checkpoint, train_or_go_on
+from trainer_callbacks import (
+    NoiseByEpoch,
+    Report,
+    check_resumable,
+    last_whole_checkpoint,
+    require_same_run,
+    train_or_go_on,
+)
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -71,7 +78,14 @@ def main(arguments: Arguments, training: FinetuningArguments) -> None:
         raise ValueError("`merge` is for adapters: set `lora_rank` too.")
     if arguments.load_in_4bit and arguments.lora_rank is None:
         raise ValueError("`load_in_4bit` freezes the weights: set `lora_rank` to train adapters.")
+    if (Path(arguments.model) / "adapter_config.json").exists():
+        raise ValueError(
+            f"`model={arguments.model}` holds adapters: tune the model with them merged (`--merge true`)."
+        )
+    check_resumable(training)
     checkpoint = last_whole_checkpoint(Path(training.output_dir))
+    if training.process_index == 0:
+        require_same_run(Path(training.output_dir), checkpoint, arguments)
     set_seed(training.seed)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = load_model(arguments)
@@ -123,7 +137,10 @@ def load_examples(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     """
     if not Path(name).is_file():
         raise ValueError(f"There is no file {name}.")
+    if not Path(name).read_text(encoding="utf-8").strip():
+        raise ValueError(f"{name} must hold examples, and is empty.")
     data = load_dataset("json", data_files=name, split="train")
+    needed = ["messages"] if "messages" in data.column_names else ["prompt", "completion"]
     if "messages" in data.column_names:
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -135,18 +152,25 @@ def load_examples(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     else:
         raise ValueError(f"{name} must have the fields `prompt` and `completion`, or `messages`: {data.column_names}.")
 
-    def to_example(row: dict[str, Any]) -> dict[str, list[int]]:
+    def to_example(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        absent = [field for field in needed if row[field] is None]
+        if absent:
+            raise ValueError(f"Example {index} of {name} lacks {absent}.")
         input_ids, is_given = encode(row, tokenizer)
+        if tokenizer.mask_token_id in input_ids:
+            raise ValueError(f"Example {index} of {name} holds the mask {tokenizer.mask_token!r}: take it out.")
         input_ids, is_given = input_ids[:length], is_given[:length]
         labels = [IGNORED_LABEL if given else token for token, given in zip(input_ids, is_given, strict=True)]
         return {"input_ids": input_ids, "labels": labels}
 
-    data = data.map(to_example, remove_columns=data.column_names, desc="Tokenizing")
+    data = data.map(to_example, with_indices=True, remove_columns=data.column_names, desc="Tokenizing")
     kept = data.filter(lambda row: any(label != IGNORED_LABEL for label in row["labels"]))
     if len(kept) == 0:
         raise ValueError(f"No example of {name} has a completion within `length={length}` tokens.")
     if len(kept) < len(data):
-        print(f"{name}: left out {len(data) - len(kept)} of {len(data)} examples, whose prompts fill the context.")
+        print(
+            f"{name}: left out {len(data) - len(kept)} of {len(data)} examples, with nothing to learn in the context."
+        )
     return kept
 
 

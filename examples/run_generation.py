@@ -4,7 +4,7 @@ model=outputs/quickstart
 python examples/run_generation.py --model $model --num_samples 4
 python examples/run_generation.py --model $model --prompt "Return the <mask:6> of the file." --live
 python examples/run_generation.py --model $model --prompts prompts.txt --num_samples 8 --output samples.jsonl
-accelerate launch --num_processes 2 examples/run_generation.py --model $model --num_samples 64 --output samples.jsonl
+torchrun --standalone --nproc_per_node 2 examples/run_generation.py --model $model --output samples.jsonl
 
 In prompts, <mask:6> stands for a hole of six tokens, as does the tokenizer's own mask token for one. Each sample draws
 from a stream of random numbers of its own, so it does not depend on the batch size or the number of processes (but for
@@ -193,7 +193,7 @@ def generate(
 
 
 def main(args: Arguments) -> None:
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     tokenizer = AutoTokenizer.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     model = AutoModel.from_pretrained(args.model, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     model = model.to(state.device).eval()

@@ -16,7 +16,14 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from text_data import LAYOUTS, load_text_dataset, tokenize, train_tokenizer
-from trainer_callbacks import NoiseByEpoch, Report, last_whole_checkpoint, train_or_go_on
+from trainer_callbacks import (
+    NoiseByEpoch,
+    Report,
+    check_resumable,
+    last_whole_checkpoint,
+    require_same_run,
+    train_or_go_on,
+)
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from eso_lm import (
@@ -48,7 +55,9 @@ class Arguments:
         default="packed", metadata={"help": f"how documents become rows: one of {LAYOUTS}; see text_data.tokenize"}
     )
     length: int = field(default=1024, metadata={"help": "tokens of a row: the context"})
-    held_out_documents: int = field(default=100, metadata={"help": "first documents, kept for evaluation; 0: none"})
+    held_out_documents: int | None = field(
+        default=None, metadata={"help": "first documents, kept for evaluation; unset: 100, or a twentieth; 0: none"}
+    )
     held_out_rows: int = field(default=256, metadata={"help": "rows of them that are evaluated, at most"})
 
     tokenizer: str | None = field(default=None, metadata={"help": "name or folder; unset: train one on the texts"})
@@ -58,7 +67,9 @@ class Arguments:
     init_from: str | None = field(default=None, metadata={"help": "Eso-LM to go on from, say at another alpha_0"})
     dropout: float = 0.1
 
-    alpha_0: float = field(default=1.0, metadata={"help": "1: masked diffusion, 0: left to right"})
+    alpha_0: float | None = field(
+        default=None, metadata={"help": "1: masked diffusion, 0: left to right; unset: 1, or that of `init_from`"}
+    )
     diffusion_fraction: float | None = field(
         default=None, metadata={"help": "of the rows; unset: 0.5, or all or none"}
     )
@@ -86,6 +97,8 @@ class PretrainingArguments(TrainingArguments):
 def main(arguments: Arguments, training: PretrainingArguments) -> None:
     check(arguments, training)
     checkpoint = last_whole_checkpoint(Path(training.output_dir))
+    if training.process_index == 0:
+        require_same_run(Path(training.output_dir), checkpoint, arguments)
     set_seed(training.seed)
     with training.main_process_first(desc="the tokenizer and the rows"):
         texts = load_text_dataset(
@@ -107,7 +120,7 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
     model = make_model(arguments, tokenizer)
     collator = DataCollatorForHybridMaskedDiffusion(
         tokenizer,
-        alpha_0=arguments.alpha_0,
+        alpha_0=model.config.alpha_0,
         diffusion_fraction=arguments.diffusion_fraction,
         loss_type=arguments.loss_type,
     )
@@ -117,12 +130,12 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
     if arguments.ema_decay > 0:
         average = ExponentialMovingAverageCallback(trainer, arguments.ema_decay, resume_from=checkpoint)
         trainer.add_callback(average)
-    if held_out_rows is not None:
+    if held_out_rows is not None and arguments.held_out_rows > 0:
         examples = list(held_out_rows.take(arguments.held_out_rows))
         if not examples:
             raise ValueError(
                 f"The held-out documents are too short for rows of `length={arguments.length}` tokens: hold out more "
-                f"than {arguments.held_out_documents}, or none."
+                f"documents (`held_out_documents`), or none."
             )
         trainer.add_callback(
             HeldOutEvaluationCallback(
@@ -138,7 +151,7 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
     trainer.add_callback(Report())
 
     if trainer.is_world_process_zero():
-        print(f"{model.num_parameters():,} parameters, {'a new run' if checkpoint is None else f'from {checkpoint}'}")
+        print(f"{model.num_parameters():,} parameters")
     train_or_go_on(trainer, checkpoint)
     trainer.save_model()
     if average is not None:
@@ -153,16 +166,19 @@ def check(arguments: Arguments, training: TrainingArguments) -> None:
         raise ValueError(f"`layout` must be one of {LAYOUTS}, got {arguments.layout!r}.")
     if arguments.length < 4:
         raise ValueError(f"`length` must be at least 4 tokens, got {arguments.length}.")
-    if training.save_total_limit == 1:
-        raise ValueError(
-            "`save_total_limit` must be at least 2: the last checkpoint is deleted before the next one is whole."
-        )
+    if arguments.evaluate_every < 1:
+        raise ValueError(f"`evaluate_every` must be a number of steps, got {arguments.evaluate_every}.")
+    if arguments.config is not None and not Path(arguments.config).exists():
+        raise ValueError(f"`config` must be the folder or file of an EsoConfig, there is no {arguments.config}.")
+    check_resumable(training)
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError("`max_steps` must be set for streamed texts, whose number is not known.")
 
 
-def split(texts: Dataset | IterableDataset, count: int) -> tuple[Dataset | IterableDataset | None, Dataset]:
-    """The first `count` documents, if any are held out, and the others."""
+def split(texts: Dataset | IterableDataset, count: int | None) -> tuple[Dataset | IterableDataset | None, Dataset]:
+    """The first `count` documents, if any are held out, and the others; None: 100, or a twentieth of a few."""
+    if count is None:
+        count = min(100, len(texts) // 20) if isinstance(texts, Dataset) else 100
     if count == 0:
         return None, texts
     if isinstance(texts, Dataset) and len(texts) <= count:
@@ -183,9 +199,14 @@ def prepare_tokenizer(arguments: Arguments, texts: Dataset | IterableDataset) ->
 def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """Adds a mask token, and a padding token, if there is none; the embeddings of the model have to grow to fit.
 
+    Where texts begin and end with tokens of other names, as with BERT's [CLS] and [SEP], they are named so too.
+
     Raises:
         ValueError: when the mask is a token with another meaning.
     """
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+        tokenizer.bos_token = tokenizer.bos_token or tokenizer.cls_token
     if tokenizer.mask_token is None:
         tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
     if tokenizer.pad_token is None:
@@ -200,14 +221,16 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeniz
 def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoForMaskedDiffusion:
     """A new model of the size asked for, or one to go on from, with the tokenizer's vocabulary and special tokens."""
     if arguments.init_from is not None:
-        model = EsoForMaskedDiffusion.from_pretrained(arguments.init_from, alpha_0=arguments.alpha_0, dtype="float32")
+        options = {} if arguments.alpha_0 is None else {"alpha_0": arguments.alpha_0}
+        model = EsoForMaskedDiffusion.from_pretrained(arguments.init_from, dtype="float32", **options)
         if model.config.mask_token_id != tokenizer.mask_token_id:
             raise ValueError(
                 f"The mask of the model is {model.config.mask_token_id}, that of the tokenizer "
                 f"{tokenizer.mask_token_id}: pass the tokenizer that the model was trained with."
             )
         return model
-    tokens = {
+    common = {
+        "alpha_0": 1.0 if arguments.alpha_0 is None else arguments.alpha_0,
         "vocab_size": len(tokenizer),
         "mask_token_id": tokenizer.mask_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -215,14 +238,14 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoF
         "eos_token_id": tokenizer.eos_token_id,
     }
     if arguments.config is not None:
-        config = EsoConfig.from_pretrained(arguments.config, alpha_0=arguments.alpha_0, **tokens)
+        config = EsoConfig.from_pretrained(arguments.config, **common)
+        config.max_position_embeddings = max(config.max_position_embeddings, arguments.length)
     else:
         config = EsoConfig(
             **PRESETS[arguments.preset],
-            **tokens,
+            **common,
             max_position_embeddings=arguments.length,
             hidden_dropout=arguments.dropout,
-            alpha_0=arguments.alpha_0,
         )
     return EsoForMaskedDiffusion(config)
 

@@ -173,7 +173,9 @@ def tokenize(
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def rows_of(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(batch["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        # What looks like a special token is text: documents about language models are full of them.
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        encoded = tokenizer(batch["text"], **plain)["input_ids"]
         if layout == "documents":
             return {"input_ids": [[begin, *ids[: length - 2], end] for ids in encoded]}
         stream = [token for ids in encoded for token in [*ids, end]]

@@ -2,14 +2,52 @@
 
 import json
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
 
 WHOLE = "complete"
+SETTINGS_OF_A_RUN = "arguments.json"
+HARMLESS_SETTINGS = {"evaluate_every", "num_samples", "held_out_rows", "merge"}  # a run may go on with others
+
+
+def check_resumable(training: TrainingArguments) -> None:
+    """Raises a ValueError for settings with which a killed run could not go on as if nothing had happened."""
+    if training.save_total_limit == 1:
+        raise ValueError(
+            "`save_total_limit` must be at least 2: the last checkpoint is deleted before the next one is whole."
+        )
+    if training.save_only_model:
+        raise ValueError("`save_only_model` leaves no optimiser to go on with: use `save_strategy=no`, or unset it.")
+    if training.dataloader_persistent_workers:
+        raise ValueError("`dataloader_persistent_workers` would keep the noise of the first epoch: unset it.")
+
+
+def require_same_run(folder: Path, checkpoint: Path | None, settings: Any) -> None:
+    """Notes the settings (a dataclass) of a run in its folder; says whether it is new, or where it goes on.
+
+    Raises:
+        ValueError: when the run that is there was started with others.
+    """
+    file, now = folder / SETTINGS_OF_A_RUN, json.loads(json.dumps(asdict(settings)))
+    if checkpoint is not None and file.exists():
+        before = json.loads(file.read_text(encoding="utf-8"))
+        changed = {
+            name: (before.get(name), value)
+            for name, value in now.items()
+            if name not in HARMLESS_SETTINGS and before.get(name) != value
+        }
+        if changed:
+            changes = ", ".join(f"`{name}` was {old!r} and is {new!r}" for name, (old, new) in changed.items())
+            raise ValueError(f"The run in `output_dir={folder}` was started with other settings: {changes}.")
+    folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+    print("A new run." if checkpoint is None else f"Going on from {checkpoint}.")
 
 
 class WholeCheckpoints(TrainerCallback):
@@ -89,7 +127,8 @@ def plot_losses(history: list[dict], path: Path) -> None:
             panel.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
     panel.set_xlabel("optimiser steps")
     panel.set_ylabel("nats per token")
-    panel.legend(frameon=False)
+    if panel.lines:
+        panel.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     plt.close(figure)

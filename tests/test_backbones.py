@@ -324,6 +324,31 @@ def test_plans_are_those_of_the_backbone():
     assert "LlamaDecoderLayer" in model._no_split_modules
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"lossless": True, "draft_length": 3}])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"] * 2}),  # whatever `sliding_window` says
+        ("gpt_oss", {"layer_types": ["full_attention"] * 2}),
+        ("deepseek_v2", {}),  # its rotary embedding needs contiguous states
+        ("opt", {"word_embed_proj_dim": 16}),  # its embeddings are narrower than its layers
+    ],
+)
+def test_log_probs_of_particular_decoders(kind, fields, settings):
+    """Token by token, left to right, against forwards of the text so far and one mask."""
+    model = randomized_model("eager", scale=0.4, backbone_config=backbone_config(kind, **fields))
+    prompts = random_batch(model, 3, 2)
+    torch.manual_seed(0)
+    output = model.generate(prompts, max_new_tokens=8, alpha_0=0.0, return_dict_in_generate=True, **settings)
+    for length in range(2, 10):
+        text = output.sequences[:, : length + 1].clone()
+        text[:, -1] = model.config.mask_token_id
+        logits = model(text, position_ids=torch.arange(length + 1)[None].expand(3, -1)).logits[:, -1]
+        expected = logits.log_softmax(dim=-1).gather(1, output.sequences[:, length, None])[:, 0]
+        torch.testing.assert_close(output.log_probs[:, length], expected, atol=1e-4, rtol=0)
+
+
 def test_learned_positions_end():
     model = eso_of("gpt2")
     assert (model.max_text_length, eso_of("opt").max_text_length, eso_of("llama").max_text_length) == (32, 32, None)
@@ -347,6 +372,8 @@ def test_learned_positions_end():
         ("t5", {}, "an encoder with a decoder"),
         ("bloom", {}, r"does not take \['position_ids'\]"),
         ("falcon", {"alibi": True}, "ALiBi"),
+        ("falcon", {"alibi": False}, "masks of its own"),
+        ("gpt_neo", {"attention_types": [[["global", "local"], 1]], "num_layers": 2}, "masks of its own"),
         (
             "llama",
             {"rope_parameters": DYNAMIC_ROPE},
@@ -379,6 +406,23 @@ def test_backbones_are_tried_out():
         verify_backbone(decoder)
     with pytest.raises(ValueError, match="more than a linear map"):
         EsoForMaskedDiffusion.from_causal_lm(causal_model("cohere", logit_scale=0.5))
+    # A cap does not show in small logits.
+    layers = {"layer_types": ["full_attention"] * 2, "final_logit_softcapping": 30.0}
+    with pytest.raises(ValueError, match="more than a linear map"):
+        EsoForMaskedDiffusion.from_causal_lm(causal_model("gemma2", **layers))
+
+
+@pytest.mark.parametrize(
+    ("model", "mask", "message"),
+    [
+        (3, None, "`model` must be a causal language model, .* got int"),
+        (randomized_model(), None, "got EsoForMaskedDiffusion"),
+        ("nowhere", "x", "`mask_token_id` must be an id .*, got 'x'"),
+    ],
+)
+def test_what_is_taken_over_is_checked(model, mask, message):
+    with pytest.raises(ValueError, match=message):
+        EsoForMaskedDiffusion.from_causal_lm(model, mask_token_id=mask)
 
 
 @pytest.mark.parametrize(

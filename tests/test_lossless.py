@@ -377,3 +377,14 @@ def test_it_can_be_the_default_of_a_saved_model(tmp_path):
     loaded = type(model).from_pretrained(tmp_path)
     output = loaded.generate(max_new_tokens=12, return_dict_in_generate=True)
     assert output.drafts_offered.item() > 0
+    plain = loaded.generate(max_new_tokens=12, lossless=False, return_dict_in_generate=True)
+    assert plain.drafts_offered is None
+
+
+def test_drafts_may_be_longer_than_the_text():
+    model = randomized_model()
+    outputs = []
+    for draft_length in (10, 10**9):  # which would not fit any memory
+        torch.manual_seed(0)
+        outputs.append(model.generate(max_new_tokens=10, lossless=True, draft_length=draft_length))
+    assert torch.equal(*outputs)

@@ -17,7 +17,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from text_data import load_text_dataset, python_documents, tokenize, train_tokenizer
 from tiny_models import randomized_model
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from trainer_callbacks import last_whole_checkpoint
 from transformers import (
     AutoModel,
@@ -55,7 +55,7 @@ def small_config(tmp_path_factory) -> Path:
     return path
 
 
-def pretraining_arguments(texts: Path, config: Path, output: Path, **changes) -> list[str]:
+def pretraining_arguments(texts: Path, config: Path, output: Path, /, **changes) -> list[str]:
     settings = {
         "dataset": texts,
         "text_column": "body",
@@ -77,7 +77,7 @@ def pretraining_arguments(texts: Path, config: Path, output: Path, **changes) ->
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return [f"--{name}={value}" for name, value in (settings | changes).items()]
+    return [f"--{name}={value}" for name, value in (settings | changes).items() if value is not None]
 
 
 def pretrain(*arguments, **changes) -> list[dict]:
@@ -125,6 +125,7 @@ def held_out_rows(texts: Path, output: Path) -> list[list[int]]:
         {"layout": "wrapped", "alpha_0": 1.0, "loss_type": "low_var", "lr_scheduler_type": "cosine"},
         {"alpha_0": 0.0, "gradient_checkpointing": True, "ema_decay": 0.0, "held_out_documents": 0},
         {"bf16": True, "gradient_accumulation_steps": 2, "dataloader_num_workers": 2},
+        {"torch_compile": True, "torch_compile_backend": "eager", "save_steps": 2, "evaluate_every": 2},
     ],
 )
 def test_other_ways_to_pretrain(texts, small_config, tmp_path, changes):
@@ -158,6 +159,16 @@ def test_going_on_from_a_model_at_another_alpha_0(texts, small_config, tmp_path)
     assert second.config.alpha_0 == 0.25
     assert second.config.vocab_size == first.config.vocab_size
     assert losses(history)[0] < 6
+    pretrain(texts, small_config, tmp_path / "third", init_from=tmp_path / "second", alpha_0=None, max_steps=1)
+    assert AutoModel.from_pretrained(tmp_path / "third").config.alpha_0 == 0.25, "its own, unless told otherwise"
+
+
+def test_another_run_does_not_go_on_with_this_one(texts, small_config, tmp_path):
+    pretrain(texts, small_config, tmp_path, max_steps=4)
+    with pytest.raises(ValueError, match=r"`length` was 24 and is 16, `alpha_0` was 0.4 and is 0.5"):
+        pretrain(texts, small_config, tmp_path, max_steps=8, alpha_0=0.5, length=16)
+    history = pretrain(texts, small_config, tmp_path, max_steps=8, evaluate_every=2)
+    assert len(losses(history)) == 8, "a longer run of the same, evaluated more often"
 
 
 def test_a_killed_run_ends_like_an_uninterrupted_one(texts, small_config, tmp_path):
@@ -224,6 +235,10 @@ def test_half_written_checkpoints_are_passed_over(tmp_path):
         ({"held_out_documents": 200}, "`held_out_documents=200` must be less"),
         ({"loss_type": "low_var"}, "loss_type"),
         ({"ema_decay": 1.0}, "`decay` must be a number in"),
+        ({"evaluate_every": 0}, "`evaluate_every` must be a number of steps"),
+        ({"config": "nowhere"}, "there is no nowhere"),
+        ({"save_only_model": True}, "`save_only_model` leaves no optimiser"),
+        ({"dataloader_num_workers": 1, "dataloader_persistent_workers": True}, "noise of the first epoch"),
     ],
 )
 def test_misfits_fail_before_training(texts, small_config, tmp_path, changes, message):
@@ -242,6 +257,24 @@ def test_a_mask_that_means_something_else_is_refused(tmp_path):
     assert run_pretraining.with_special_tokens(plain).mask_token_id == 3
     assert plain.pad_token_id == plain.eos_token_id == 2
     assert len(plain) == 4
+
+
+def test_beginnings_and_ends_of_other_names():
+    """BERT's tokenizer, which the paper's LM1B needs, has [CLS] and [SEP]."""
+    words = Tokenizer(models.WordLevel({"a": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3, "[PAD]": 4}, unk_token="a"))
+    special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = run_pretraining.with_special_tokens(PreTrainedTokenizerFast(tokenizer_object=words, **special))
+    rows = tokenize(Dataset.from_dict({"text": ["a", "[MASK]"]}), tokenizer, 8, "documents")["input_ids"]
+    assert [(row[0], row[-1]) for row in rows] == [(1, 2), (1, 2)]
+    assert 3 not in rows[1], "what looks like a mask is text"
+
+
+def test_a_few_documents_are_held_out():
+    few, many = (Dataset.from_dict({"text": ["a"] * count}) for count in (40, 5000))
+    assert [len(part) for part in run_pretraining.split(few, None)] == [2, 38]
+    assert [len(part) for part in run_pretraining.split(many, None)] == [100, 4900]
+    assert run_pretraining.split(few.take(1), None)[0] is None
 
 
 def test_rows_of_each_layout():
@@ -384,6 +417,9 @@ def test_prompts_are_given_and_completions_are_learned(pretrained, tmp_path):
         (completions(), {"length": 2}, "has a completion within `length=2`"),
         (completions(), {"merge": True}, "set `lora_rank` too"),
         (completions(), {"load_in_4bit": True}, "set `lora_rank` to train adapters"),
+        ([], {}, "is empty"),
+        ([*completions(), {"prompt": "a"}], {}, r"Example 12 of .* lacks \['completion'\]"),
+        ([*completions(), {"prompt": "a", "completion": "<|mask|>"}], {}, "Example 12 of .* holds the mask"),
     ],
 )
 def test_misfits_fail_before_tuning(pretrained, tmp_path, lines, changes, message):
@@ -391,20 +427,20 @@ def test_misfits_fail_before_tuning(pretrained, tmp_path, lines, changes, messag
         finetune(pretrained, lines, tmp_path, **changes)
 
 
-def launch(config: str, arguments: list[str]) -> None:
-    """Runs the pretraining script as accelerate's launcher does, on two CPU processes."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(EXAMPLES / "accelerate_configs" / config),
-    ]
+def test_adapters_are_not_tuned_again(pretrained, tmp_path):
+    finetune(pretrained, completions(), tmp_path / "first", lora_rank=2, max_steps=1)
+    with pytest.raises(ValueError, match="holds adapters"):
+        finetune(tmp_path / "first", completions(), tmp_path / "second", lora_rank=2, max_steps=1)
+
+
+def launch(arguments: list[str]) -> None:
+    """Runs the pretraining script on two CPU processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
-        [*command, "--num_processes=2", "--main_process_port=0", str(EXAMPLES / "run_pretraining.py"), *arguments],
+        [*command, str(EXAMPLES / "run_pretraining.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=240,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
@@ -412,13 +448,16 @@ def launch(config: str, arguments: list[str]) -> None:
 
 def test_two_processes_learn_like_one(texts, small_config, tmp_path):
     """Data parallel: the loss of every step, and the weights, of the same global batch, whose noise spans both."""
+    # Not with Adam, which makes whole steps of the rounding of gradients close to zero.
     changes = {"dropout": 0.0, "max_steps": 6, "save_steps": 3, "per_device_train_batch_size": 8}
+    changes |= {"optim": "sgd", "learning_rate": 0.1}
     alone = pretrain(texts, small_config, tmp_path / "alone", **changes)
     whole_batches = '{"split_batches": true, "dispatch_batches": true}'
     arguments = pretraining_arguments(
         texts, small_config, tmp_path / "two", **changes, accelerator_config=whole_batches
     )
-    launch("ddp_cpu.yaml", arguments)
+    launch(arguments)
+    assert len([*(tmp_path / "two" / "checkpoint-6").glob("rng_state_*.pth")]) == 2, "of two processes"
     together = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
     held_out = [[row["held_out_nelbo"] for row in history if "held_out_nelbo" in row] for history in (alone, together)]
@@ -426,7 +465,7 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
     for name in ("model.safetensors", "ema/model.safetensors"):
         one, two = load_file(tmp_path / "alone" / name), load_file(tmp_path / "two" / name)
         for key, value in one.items():
-            torch.testing.assert_close(two[key], value, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-3)
 
 
 def test_finetuning_of_weights_in_4_bits(tmp_path):

@@ -36,11 +36,12 @@ def test_samples_are_the_same_in_one_process_and_in_two(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("The quick\n\nover <mask:3> dog\nThe\n")
     arguments = {"model": str(folder), "prompts": tmp_path / "prompts.txt", "max_new_tokens": 6, "num_samples": 2}
     main(Arguments(output=tmp_path / "one.jsonl", batch_size=3, **arguments))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(EXAMPLES / "run_generation.py"), "--output", str(tmp_path / "two.jsonl"), "--batch_size", "2"]
     command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr
+    assert "Batches: 100%|██████████| 2/2" in finished.stderr, "8 samples in rounds of two batches of 2"
     one, two = records(tmp_path / "one.jsonl"), records(tmp_path / "two.jsonl")
     assert [record["sample"] for record in two] == list(range(8))
     assert [record["text"] for record in two] == [record["text"] for record in one]

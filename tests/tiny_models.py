@@ -50,6 +50,21 @@ def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
         "pad_token_id": None,
     }
     gated = {"num_key_value_heads": 2, "intermediate_size": 48}
+    latent = {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 8,
+        "intermediate_size": 16,
+        "first_k_dense_replace": 1,
+    }
     special = {
         "llama": gated,
         "qwen3": gated | {"head_dim": 16},
@@ -57,21 +72,9 @@ def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
         "mixtral": gated | {"num_local_experts": 4},
         "mistral": gated | {"sliding_window": None},
         "gemma2": gated | {"head_dim": 16},
-        "deepseek_v3": {
-            "num_key_value_heads": 4,
-            "q_lora_rank": 8,
-            "kv_lora_rank": 8,
-            "qk_rope_head_dim": 4,
-            "qk_nope_head_dim": 8,
-            "v_head_dim": 8,
-            "n_group": 2,
-            "topk_group": 1,
-            "n_routed_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 8,
-            "intermediate_size": 16,
-            "first_k_dense_replace": 1,
-        },
+        "gpt_oss": gated | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+        "deepseek_v2": latent | {"head_dim": 4},
+        "deepseek_v3": latent,
         "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
     }
     return AutoConfig.for_model(kind, **sizes | special.get(kind, {}) | overrides)
