@@ -17,6 +17,7 @@ test: $(VENV)/installed
 
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/context_growth.py
 
 reproduce: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reproduce.py --scale $(SCALE)

@@ -51,6 +51,7 @@ METRICS = Path(__file__).parents[1] / "metrics"
 ALPHAS = (1.0, 0.5, 0.25, 0.125, 0.0)
 BLOCKS = (4, 16)
 RATES = (1e-3, 2e-3, 4e-3)
+ORDER_STYLES = {"random": "--", "strided": "-"}
 
 
 @dataclass
@@ -306,7 +307,7 @@ def eso_settings(alpha_0: float, scale: Scale) -> list[dict]:
     """Grids of α_0 at sampling and steps, in random and strided order; and lossless decoding."""
     if alpha_0 == 0:
         return [{"alpha_0": 0.0}]
-    alphas = sorted({1.0, alpha_0}, reverse=True)
+    alphas = sorted({1.0, 0.5, alpha_0}, reverse=True)
     fixed = [
         {"alpha_0": alpha, "num_diffusion_steps": steps, "unmasking_order": order}
         for alpha in alphas
@@ -490,6 +491,37 @@ def plot_quality(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_steps(results: dict, path: Path) -> None:
+    """Perplexity under the judge against forwards, a line for each system: what few steps cost, and lossless ones."""
+    figure, panel = plt.subplots(figsize=(6.4, 4.4))
+    points, names = results["points"], systems()
+    text = next(point for point in points if point["system"] == "text")
+    colors = dict(zip(names, plt.get_cmap("tab10").colors, strict=False))
+    lines = [("mdm", {}, "--"), *((f"bd{length}", {}, ":") for length in BLOCKS)]
+    lines += [("eso_1", {"alpha_0": 1.0, "unmasking_order": order}, style) for order, style in ORDER_STYLES.items()]
+    lines += [("eso_0.25", {"alpha_0": 0.25, "unmasking_order": "strided"}, "-")]
+    for name, setting, style in lines:
+        mine = [p for p in points if p["system"] == name and setting.items() <= p["setting"].items()]
+        for some, marker, line in (
+            ([p for p in mine if not p["setting"].get("lossless")], "o", style),
+            ([p for p in mine if p["setting"].get("lossless")], "*", ""),
+        ):
+            curve = sorted((p["nfe"], math.exp(p["judge_nats"])) for p in some)
+            if curve:
+                label = ", ".join([names[name], *map(str, list(setting.values())[1:])]) + (" lossless" * (line == ""))
+                size = 12 if line == "" else 4
+                panel.plot(*zip(*curve, strict=True), line, marker=marker, ms=size, color=colors[name], label=label)
+    panel.axhline(math.exp(text["judge_nats"]), color="gray", linestyle=":", linewidth=1)
+    panel.set_xscale("log", base=2)
+    panel.set_yscale("log")
+    panel.set_xlabel(f"forwards for {results['settings']['length']} tokens")
+    panel.set_ylabel("perplexity under the judge (dotted: text)")
+    panel.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
@@ -546,6 +578,7 @@ def main(args: argparse.Namespace) -> None:
     (args.output / "reproduction.md").write_text(report(results))
     plot_likelihood(results, args.output / "reproduction_likelihood.png")
     plot_quality(results, args.output / "reproduction_quality.png")
+    plot_steps(results, args.output / "reproduction_steps.png")
     print(report(results))
 
 

@@ -177,7 +177,7 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
         assert point["seconds"] > 0
     report = (tmp_path / "results" / "reproduction.md").read_text()
     assert all(label in report for label in reproduce.systems().values())
-    for picture in ("likelihood", "quality"):
+    for picture in ("likelihood", "quality", "steps"):
         assert (tmp_path / "results" / f"reproduction_{picture}.png").stat().st_size > 10_000
     started.clear()
     (tmp_path / "work" / "mdm" / "result.json").unlink()
