@@ -57,7 +57,8 @@ class EsoGenerationConfig(GenerationConfig):
         num_diffusion_steps (`int`, *optional*): T, the time steps of the diffusion phase. Steps that reveal nothing
             cost no forward. `None`: as many as there are tokens to generate.
         unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (the default; as in
-            training), "strided" (far apart from one another) or "left_to_right".
+            training), "strided" (far apart from one another; a whole number of steps, so that with few of them and a
+            small `alpha_0` single runs are far from the expected fraction) or "left_to_right".
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
             diffusion steps are shared among them. Generation stops with the block in which every row has ended.
             `None`: one block.

@@ -1,7 +1,7 @@
 """The paper's claims at small scale, from one command: trains the systems it compares, and measures them.
 
-python benchmarks/reproduce.py --scale minutes     # about a quarter of an hour on 2 cores
-python benchmarks/reproduce.py --scale hours       # about an hour
+python benchmarks/reproduce.py --scale minutes     # a small fraction of the next one, to see that all works
+python benchmarks/reproduce.py --scale hours       # about an hour on 2 cores: the committed results
 python benchmarks/reproduce.py --scale gpu --device cuda
 
 AR, masked diffusion, block diffusion and Eso-LMs, on the same layers, rows and optimiser steps. Runs share the cores,
@@ -236,7 +236,9 @@ def run(name: str, args: argparse.Namespace) -> None:
         history = train(system, learning_rate(args), steps, folder, corpus, args)
     model = EsoForMaskedDiffusion.from_pretrained(folder).to(args.device)
     record = {"likelihood": likelihood(system, model, corpus, args, not is_tuning), "history": history}
-    (folder / "result.json").write_text(json.dumps(record, indent=1))
+    # Renamed once it is written: the file says that the run is complete.
+    (folder / "result.incomplete").write_text(json.dumps(record, indent=1))
+    (folder / "result.incomplete").rename(folder / "result.json")
 
 
 def result_of(name: str, args: argparse.Namespace) -> dict:
@@ -522,12 +524,22 @@ def plot_steps(results: dict, path: Path) -> None:
     plt.close(figure)
 
 
+def require_same_settings(args: argparse.Namespace) -> None:
+    """Notes what the runs of a folder have in common; raises a ValueError when those there were other ones."""
+    file, now = args.work / "settings.json", {"scale": args.scale, "seed": args.seed}
+    before = json.loads(file.read_text()) if file.exists() else now
+    if before != now:
+        raise ValueError(f"`--work {args.work}` holds runs with {before}, not {now}: choose another folder.")
+    file.write_text(json.dumps(now) + "\n")
+
+
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
     scale = SCALES[args.scale]
     args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
     args.work.mkdir(parents=True, exist_ok=True)
+    require_same_settings(args)
     corpus = Corpus(args)
 
     def in_processes(names: list[str], description: str) -> None:

@@ -183,6 +183,8 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     (tmp_path / "work" / "mdm" / "result.json").unlink()
     reproduce.main(reproduce.parse_args(arguments))
     assert started == ["mdm"], "what is complete is not run again"
+    with pytest.raises(ValueError, match=r"holds runs with .*'seed': 0"):
+        reproduce.main(reproduce.parse_args([*arguments, "--seed", "7"]))
 
 
 def test_the_ways_of_adapting_are_compared(in_this_process, tmp_path):
