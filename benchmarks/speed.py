@@ -333,7 +333,8 @@ def report(results: dict) -> str:
     lines += [
         "",
         f"- A step of one token takes {bound['step_ms']['median']:.1f} ms, reading the weights of its linear "
-        f"layers once {bound['read_ms']['median']:.1f} ms ({bound['bandwidth_gb_s']:.1f} GB/s): {bound['ratio']:.2f} times.",
+        f"layers once {bound['read_ms']['median']:.1f} ms "
+        f"({bound['bandwidth_gb_s']:.1f} GB/s): {bound['ratio']:.2f} times.",
         f"- A training step of the hybrid objective (alpha_0 = 0.25, {training['rows']} rows of "
         f"{training['length']} tokens) takes {training['ratio']:.2f} times an AR step, "
         f"{training['hybrid_tokens_per_second']:.0f} tokens a second.",
