@@ -842,16 +842,16 @@ def _require_plain_head(model: PreTrainedModel) -> None:
     """Raises a ValueError if the logits of a causal model are more than its head applied to its last states."""
     config = model.config
     # A cap shows in large logits only, a scale not in small ones: what is declared counts too.
-    declared = {
-        "final_logit_softcapping": getattr(config, "final_logit_softcapping", None) is not None,
-        "logits_scaling": getattr(config, "logits_scaling", 1) != 1,
-        "logit_scale": getattr(config, "logit_scale", None) not in (None, 1),
-    }
+    is_declared = (
+        getattr(config, "final_logit_softcapping", None) is not None
+        or getattr(config, "logits_scaling", 1) != 1
+        or getattr(config, "logit_scale", None) not in (None, 1)
+    )
     input_ids = torch.arange(1, 4, device=model.device)[None]
     states = model.base_model(input_ids, use_cache=False).last_hidden_state
     logits = model(input_ids, use_cache=False).logits
     is_plain = torch.allclose(model.get_output_embeddings()(states).float(), logits.float(), rtol=0.02, atol=0.02)
-    if not is_plain or any(declared.values()):
+    if is_declared or not is_plain:
         raise ValueError(
             f"The head of {type(model).__name__} does more than a linear map (a soft cap, or a scale), for which an "
             f"Eso-LM has no place."

@@ -12,19 +12,11 @@ TrainingArguments work, and a run that was killed goes on as in run_pretraining.
 
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from run_pretraining import split, with_special_tokens
 from text_data import LAYOUTS, load_text_dataset, tokenize
-from trainer_callbacks import (
-    NoiseByEpoch,
-    Report,
-    check_resumable,
-    last_whole_checkpoint,
-    require_same_run,
-    train_or_go_on,
-)
+from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,
@@ -102,10 +94,7 @@ def main(arguments: Arguments, training: AdaptationArguments) -> None:
         raise ValueError(
             "`anneal` changes the noise from step to step, which `dataloader_num_workers` would not see: set it to 0."
         )
-    check_resumable(training)
-    checkpoint = last_whole_checkpoint(Path(training.output_dir))
-    if training.process_index == 0:
-        require_same_run(Path(training.output_dir), checkpoint, arguments)
+    checkpoint = checkpoint_to_go_on_from(training, arguments)
     set_seed(training.seed)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = load_model(arguments, tokenizer)

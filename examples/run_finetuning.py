@@ -18,14 +18,7 @@ from typing import Any
 import torch
 from datasets import Dataset, load_dataset
 from run_pretraining import with_special_tokens
-from trainer_callbacks import (
-    NoiseByEpoch,
-    Report,
-    check_resumable,
-    last_whole_checkpoint,
-    require_same_run,
-    train_or_go_on,
-)
+from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -82,10 +75,7 @@ def main(arguments: Arguments, training: FinetuningArguments) -> None:
         raise ValueError(
             f"`model={arguments.model}` holds adapters: tune the model with them merged (`--merge true`)."
         )
-    check_resumable(training)
-    checkpoint = last_whole_checkpoint(Path(training.output_dir))
-    if training.process_index == 0:
-        require_same_run(Path(training.output_dir), checkpoint, arguments)
+    checkpoint = checkpoint_to_go_on_from(training, arguments)
     set_seed(training.seed)
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = load_model(arguments)

@@ -16,14 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset, IterableDataset
 from text_data import LAYOUTS, load_text_dataset, tokenize, train_tokenizer
-from trainer_callbacks import (
-    NoiseByEpoch,
-    Report,
-    check_resumable,
-    last_whole_checkpoint,
-    require_same_run,
-    train_or_go_on,
-)
+from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from eso_lm import (
@@ -96,9 +89,7 @@ class PretrainingArguments(TrainingArguments):
 
 def main(arguments: Arguments, training: PretrainingArguments) -> None:
     check(arguments, training)
-    checkpoint = last_whole_checkpoint(Path(training.output_dir))
-    if training.process_index == 0:
-        require_same_run(Path(training.output_dir), checkpoint, arguments)
+    checkpoint = checkpoint_to_go_on_from(training, arguments)
     set_seed(training.seed)
     with training.main_process_first(desc="the tokenizer and the rows"):
         texts = load_text_dataset(
@@ -170,7 +161,6 @@ def check(arguments: Arguments, training: TrainingArguments) -> None:
         raise ValueError(f"`evaluate_every` must be a number of steps, got {arguments.evaluate_every}.")
     if arguments.config is not None and not Path(arguments.config).exists():
         raise ValueError(f"`config` must be the folder or file of an EsoConfig, there is no {arguments.config}.")
-    check_resumable(training)
     if arguments.streaming and training.max_steps <= 0:
         raise ValueError("`max_steps` must be set for streamed texts, whose number is not known.")
 

@@ -50,6 +50,20 @@ def require_same_run(folder: Path, checkpoint: Path | None, settings: Any) -> No
     print("A new run." if checkpoint is None else f"Going on from {checkpoint}.")
 
 
+def checkpoint_to_go_on_from(training: TrainingArguments, settings: Any) -> Path | None:
+    """The checkpoint from which a run with these settings (a dataclass) goes on; None: it is a new one.
+
+    Raises:
+        ValueError: for settings that cannot be resumed, and when the run that is there was started with others.
+    """
+    check_resumable(training)
+    folder = Path(training.output_dir)
+    checkpoint = last_whole_checkpoint(folder)
+    if training.process_index == 0:
+        require_same_run(folder, checkpoint, settings)
+    return checkpoint
+
+
 class WholeCheckpoints(TrainerCallback):
     """Marks every checkpoint once all of it is written, by this and all other callbacks: add it last.
 
