@@ -11,7 +11,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-FOLDERS = ("tests/exporters", "tests/generation", "tests/pipelines", "tests/utils", "utils/test_module")
+FOLDERS = ("tests/exporters", "tests/generation", "tests/pipelines", "tests/utils", "utils")
 STAND_IN = Path(__file__).parent / "distributed_testing_utils.py"
 
 
