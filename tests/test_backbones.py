@@ -171,7 +171,8 @@ def test_grouped_heads_need_no_copies(monkeypatch):
 
 @torch.no_grad()
 def test_flex_attention_agrees_with_sdpa():
-    model = eso_of("llama")
+    # Of heads narrower than 32, torch's compiled kernel for CPUs with AVX2 alone gets few slots wrong.
+    model = randomized_model(scale=0.2, backbone_config=backbone_config("llama", hidden_size=128, head_dim=32))
     ids, orders = random_batch(model, 2, 8), random_orders(2, 8)
     expected = model(ids, position_ids=orders).logits
     text = model.log_likelihood(ids, orders=orders[:1]).log_likelihood

@@ -100,7 +100,7 @@ def test_left_to_right_processors_are_those_of_transformers():
         standard.RepetitionPenaltyLogitsProcessor(1.7),
     ):
         expected = processor(text, logits.clone())
-        actual = process_logits(for_slots([processor]), logits.clone(), canvas, [0], [10])
+        actual = process_logits(for_slots([processor], 24), logits.clone(), canvas, [0], [10])
         torch.testing.assert_close(actual, expected)
 
 
@@ -285,12 +285,15 @@ def test_rows_that_stop_keep_step_with_the_others(cache):
     prompt = torch.tensor([[1, 9], [2, 9], [3, 9]])
 
     class StopFirst(StoppingCriteria):
-        """A button that stops whatever begins with a 1."""
+        """A button that stops whatever begins with a 1, pressed after the first forward."""
+
+        is_pressed = False
 
         def __call__(self, input_ids, scores, **kwargs):
-            return (input_ids[:, 0] == 1) & (input_ids[:, -1] == MASK)
+            was_pressed, self.is_pressed = self.is_pressed, self.is_pressed or bool(input_ids[0, 0] == 3)
+            return (input_ids[:, 0] == 1) & (input_ids[:, -1] == MASK) & was_pressed
 
-    arguments = {"input_ids": prompt, "num_diffusion_steps": 6, "pad_token_id": 22}
+    arguments = {"input_ids": prompt, "num_diffusion_steps": 6, "pad_token_id": 22, "lockstep": True}
     free = generate(model, **arguments)
     output = generate(model, stopping_criteria=[StopFirst()], **cache, **arguments)
     assert torch.equal(output.sequences[1:], free.sequences[1:])

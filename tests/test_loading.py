@@ -161,9 +161,10 @@ def test_settings_are_checked_again_where_they_are_used(folder):
     with pytest.raises(ValueError, match="`alpha_0` must be"):
         AutoModel.from_pretrained(folder, alpha_0=9.0)
     model = AutoModel.from_pretrained(folder)
-    model.resize_token_embeddings(20)  # the mask is lost
-    with pytest.raises(ValueError, match="`mask_token_id` must be"):
-        model.generate(max_new_tokens=3)
+    with pytest.raises(ValueError, match="`new_num_tokens=23` would cut off the mask, whose id is 23"):
+        model.resize_token_embeddings(23)
+    assert model.resize_token_embeddings(30).num_embeddings == 30
+    assert model.generate(max_new_tokens=3).shape == (1, 3)
 
 
 def test_backbone_folder_holds_its_own_code(folder, tmp_path):

@@ -316,7 +316,13 @@ def test_labels_in_text_order(model, tolerance):
 def test_a_batch_without_masks_has_a_loss_of_zero_and_gradients():
     model = randomized_model().train()
     ids = random_batch(model, 2, 6)
-    loss = model(ids, position_ids=random_orders(2, 6), labels=ids, sequential_rows=torch.tensor([True, False])).loss
+    loss = model(
+        ids,
+        position_ids=random_orders(2, 6),
+        labels=ids,
+        loss_weights=torch.zeros(2, 6),
+        sequential_rows=torch.tensor([True, False]),
+    ).loss
     loss.backward()
     assert loss == 0
 
@@ -397,7 +403,8 @@ def test_backbone_is_a_decoder_of_its_own(tmp_path):
 
 @torch.no_grad()
 def test_flex_attention_agrees_with_sdpa():
-    sdpa, flex = randomized_model("sdpa"), randomized_model("flex_attention")
+    # Of heads narrower than 32, torch's compiled kernel for CPUs with AVX2 alone gets few slots wrong.
+    sdpa, flex = (randomized_model(attention, hidden_size=128, scale=0.1) for attention in ("sdpa", "flex_attention"))
     ids, order = random_batch(sdpa, 2, 8), random_orders(2, 8)
     fed = ids.masked_fill(torch.arange(8) >= 4, MASK)
     torch.testing.assert_close(
