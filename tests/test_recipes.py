@@ -19,11 +19,12 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from text_data import load_text_dataset, python_documents, tokenize, train_tokenizer
 from tiny_models import randomized_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from trainer_callbacks import WholeCheckpoints, changed_settings, checkpoints_in, last_whole_checkpoint
 from transformers import (
     AutoModel,
     AutoTokenizer,
+    ByT5Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -574,6 +575,70 @@ def test_prompts_are_given_and_completions_are_learned(pretrained, tmp_path):
     assert tokenizer.decode(input_ids) == "[user]hi;[assistant]yes;[user]so;[assistant]no;"
     learned = tokenizer.decode([token for token, given in zip(input_ids, is_given, strict=True) if not given])
     assert learned == "yes;no;"
+
+
+def chat(*turns: str) -> dict[str, list[dict[str, str]]]:
+    """Turns of user and assistant, one after the other."""
+    roles = ("user", "assistant") * len(turns)
+    return {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=False)]}
+
+
+@pytest.mark.parametrize("trims_offsets", [False, True])
+def test_a_token_of_prompt_and_answer_is_learned(trims_offsets):
+    """BPE makes one token of the space that ends a generation prompt and the first word of the answer."""
+    tokenizer = train_tokenizer(["user: hi;so;assistant: yes no two;" * 20], 400, 64)
+    post_processor = processors.ByteLevel(trim_offsets=trims_offsets, add_prefix_space=False)
+    tokenizer.backend_tokenizer.post_processor = post_processor
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = chat("hi", "yes  no", "so", "7 two")
+    input_ids, is_given = run_finetuning.encode_chat(row, tokenizer)
+    assert input_ids == tokenizer(tokenizer.apply_chat_template(row["messages"], tokenize=False))["input_ids"]
+    pieces = {True: [], False: []}
+    for token, given in zip(input_ids, is_given, strict=True):
+        pieces[given].append(tokenizer.decode([token]))
+    assert pieces[False] == [" yes", " ", " no", ";", "7", " two", ";"], "nothing joins a space and a 7"
+    assert "".join(pieces[True]) == "user: hi;assistant:user: so;assistant: "
+
+
+def test_a_token_of_an_answer_and_the_next_turn_is_learned():
+    tokenizer = train_tokenizer(["];[user]" * 20], 300, 64)
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    input_ids, is_given = run_finetuning.encode_chat(chat("hi", "ok", "so", "no"), tokenizer)
+    learned = tokenizer.decode([token for token, given in zip(input_ids, is_given, strict=True) if not given])
+    assert learned == "ok;[no;"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (
+            "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] if loop.last else m['content'][:2] }};"
+            "{% endfor %}{% if add_generation_prompt %}a:{% endif %}",
+            "writes a turn of the assistant differently once the chat goes on: ';u:so;a:no;' in place of 's;'",
+        ),
+        (
+            "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+            "{% if add_generation_prompt %}a:<think>{% endif %}",
+            "writes what leads to an answer differently once the answer is there: 'yes;' in place of '<think>'",
+        ),
+    ],
+)
+def test_templates_that_change_what_they_wrote_are_refused(template, message):
+    tokenizer = train_tokenizer(["some text"], 270, 64)
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        run_finetuning.encode_chat(chat("hi", "yes", "so", "no"), tokenizer)
+
+
+def test_chats_need_a_tokenizer_that_knows_places():
+    with pytest.raises(ValueError, match=r"Chats need a fast tokenizer.*: ByT5Tokenizer is a slow one"):
+        run_finetuning.encode_chat(chat("hi", "yes"), ByT5Tokenizer())
 
 
 @pytest.mark.parametrize(
