@@ -194,14 +194,12 @@ def grouped_sdpa_attention_forward(
     """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
 
     There it repeats them for every head of a group: in a decoding step the whole cache. Here the heads of a group are
-    further queries of the same keys. A mask narrower than the keys speaks of the last of them. Rows may be packed.
+    further queries of the same keys. Rows may be packed.
     """
     if packed_rows is not None:
         kwargs |= {"dropout": dropout, "scaling": scaling}
         attend = grouped_sdpa_attention_forward
         return attend_packed(attend, module, query, key, value, attention_mask, packed_rows, **kwargs)
-    if attention_mask is not None and attention_mask.shape[-1] < key.shape[-2]:
-        attention_mask = F.pad(attention_mask, (key.shape[-2] - attention_mask.shape[-1], 0), value=True)
     batch, num_heads, slots, width = query.shape
     groups = num_heads // key.shape[1]
     is_plain = attention_mask is not None and attention_mask.shape[1] == 1

@@ -199,20 +199,14 @@ class Decoder:
         device = self.model.device
         rows_and_slots = torch.stack([row_index, slots])[:, None].to(device)
         self.cache.keep(max(num_keys), SlotPlaces(*rows_and_slots, batch=len(feed.num_fed)))
-        # A call for each row costs nothing where the processor computes at once what it is told.
-        attend_apart = device.type == "cpu"
-        if attend_apart:
-            attention_mask = self._narrow_mask(feed)
-        else:
-            own_padded = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape)
-            attention_mask = self._wide_mask(feed, own_padded, torch.tensor(feed.starts)[:, None], max(num_keys))
+        padded = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape)
         logits = self._forward(
             self.model,
             input_ids[None],
             position_ids[None],
-            attention_mask,
+            self._wide_mask(feed, padded, torch.tensor(feed.starts)[:, None], max(num_keys)),
             torch.tensor(kept)[None],
-            packed_rows=PackedRows(feed.num_fed, num_keys, attend_apart),
+            packed_rows=PackedRows(feed.num_fed, num_keys),
         )
         return logits[0].float()
 
@@ -270,12 +264,10 @@ class Decoder:
         return is_compileable and num_slots <= MAX_COMPILED_SLOTS
 
     def _narrow_mask(self, feed: Feed) -> torch.BoolTensor:
-        """What each fed slot sees of the fed ones, (batch or 1, 1, fed, fed); all of them see what is cached."""
+        """What each fed slot sees of the fed ones, (batch, 1, fed, fed); all of them see what is cached."""
         key = torch.arange(feed.input_ids.shape[1])
-        is_visible = (key <= key[:, None])[None]
-        if feed.horizon is not None:
-            is_visible = (key < feed.horizon[..., None]) | (feed.first_mask[..., None] <= key) & is_visible
-        return is_visible[:, None].to(self.model.device)
+        is_earlier_mask = (feed.first_mask[..., None] <= key) & (key <= key[:, None])
+        return ((key < feed.horizon[..., None]) | is_earlier_mask)[:, None].to(self.model.device)
 
     def _wide_mask(
         self, feed: Feed, own: torch.Tensor, starts: torch.Tensor, num_keys: int

@@ -159,22 +159,6 @@ def eager_attention_forward(
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def decoding_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    **kwargs,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`eager_attention_forward` for the few slots of a decoding step, sdpa for the many of a prompt."""
-    if query.shape[-2] <= MAX_DECODED_SLOTS:
-        return eager_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if attention_mask is not None:
-        attention_mask = F.pad(attention_mask, (key.shape[-2] - attention_mask.shape[-1], 0), value=True)
-    return ALL_ATTENTION_FUNCTIONS["sdpa"](module, query, key, value, attention_mask, **kwargs)
-
-
 class EsoAttention(nn.Module):
     """Multi-head attention with rotary positions, causal over slots."""
 
@@ -209,7 +193,7 @@ class EsoAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
 
         if kwargs.get("packed_rows") is not None:
-            attention_interface: Callable = partial(attend_packed, decoding_attention_forward)
+            attention_interface: Callable = partial(attend_packed, ALL_ATTENTION_FUNCTIONS["sdpa"])
         else:
             implementation = _implementation_for(self.config, attention_mask, num_keys=key.shape[-2])
             attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+MAX_PADDED_WORK = 3
+"""How many times the products of queries and keys may grow by padding before each row attends by itself."""
+
 
 @dataclass
 class PackedRows:
@@ -18,13 +21,17 @@ class PackedRows:
     Args:
         num_slots: Slots of each row; they stand one behind the other.
         num_keys: Keys of each row, cached and fed, those of its slots last.
-        attend_apart: Whether each row attends by itself, and reads no key too many. Otherwise rows are padded and
-            attend together, which takes fewer calls.
     """
 
     num_slots: list[int]
     num_keys: list[int]
-    attend_apart: bool
+
+    @property
+    def attend_apart(self) -> bool:
+        """Whether each row attends by itself. Rows that are much alike are padded, and attend in a single call."""
+        needed = sum(count * keys for count, keys in zip(self.num_slots, self.num_keys, strict=True))
+        padded = len(self.num_slots) * max(self.num_slots) * max(self.num_keys)
+        return padded > MAX_PADDED_WORK * needed
 
     def pad(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
         """From packed states (1, heads, slots, width) to (rows, heads, most slots of a row, width).
@@ -56,8 +63,7 @@ def attend_packed(
         attend: An attention function of transformers' interface.
         query: (1, heads, slots of all rows, width).
         key, value: (rows, heads, keys, width), of which each row has its own in front.
-        attention_mask: (rows or 1, 1, most slots of a row, keys), True where a slot sees a key. For rows that attend
-            apart it speaks of their own slots alone, before which all keys are seen.
+        attention_mask: (rows, 1, most slots of a row, keys), which of the keys a slot sees.
 
     Returns:
         (1, slots of all rows, heads, width), None.
@@ -68,19 +74,16 @@ def attend_packed(
         return output.flatten(0, 1)[place][None], None
     outputs, start = [], 0
     for row, (count, keys) in enumerate(zip(packed_rows.num_slots, packed_rows.num_keys, strict=True)):
-        if count == 0:
-            continue
         own, slots = slice(row, row + 1), slice(start, start + count)
-        # The mask of all rows alike, or of each.
-        is_visible = attention_mask[own if len(attention_mask) > 1 else slice(1), :, :count, :count]
-        output, _ = attend(
-            module,
-            query[:, :, slots],
-            key[own, :, :keys],
-            value[own, :, :keys],
-            is_visible if count > 1 else None,
-            **kwargs,
-        )
-        outputs.append(output)
+        if count > 0:
+            output, _ = attend(
+                module,
+                query[:, :, slots],
+                key[own, :, :keys],
+                value[own, :, :keys],
+                attention_mask[own, :, :count, :keys],
+                **kwargs,
+            )
+            outputs.append(output)
         start += count
     return torch.cat(outputs, dim=1), None

@@ -386,3 +386,25 @@ def test_drafts_may_be_longer_than_the_text():
         torch.manual_seed(0)
         outputs.append(model.generate(max_new_tokens=10, lossless=True, draft_length=draft_length))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("alpha_0", [1.0, 0.5])
+def test_a_strided_order_does_not_depend_on_the_draft_length(alpha_0):
+    model = randomized_model()
+    settings = {"unmasking_order": "strided", "alpha_0": alpha_0, "max_new_tokens": 14, "num_return_sequences": 8}
+    orders = []
+    for decoding in ({}, *({"lossless": True, "draft_length": length} for length in (1, 4, 16))):
+        torch.manual_seed(0)
+        orders.append(model.generate(**settings, **decoding, return_dict_in_generate=True).orders)
+    assert all(torch.equal(order, orders[0]) for order in orders)
+
+
+def test_strided_samples_are_of_one_distribution_whatever_the_draft_length(language):
+    counts = torch.stack(
+        [count(draw(language, length, seed=length, unmasking_order="strided", alpha_0=0.7)) for length in (1, 4)]
+    )
+    counts = counts[:, counts.sum(dim=0) >= 10]
+    expected = counts.sum(dim=0) / 2
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    degrees = counts.shape[1] - 1
+    assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5
