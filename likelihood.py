@@ -180,7 +180,7 @@ class EsoLikelihoodMixin:
         batch_size: int | None = None,
         memory_budget: int = 2**29,
     ) -> EsoNelboOutput:
-        """Estimates the NELBO, the sum of the diffusion and the sequential term (DESIGN 1), in nats per sequence.
+        """Estimates the NELBO, the sum of the diffusion and the sequential term, in nats per sequence.
 
         Every draw takes a time t and a masked text for each term. The times are stratified over all rows and draws.
 

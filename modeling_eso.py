@@ -697,7 +697,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         num_items_in_batch: torch.Tensor | int | None,
         **kwargs,
     ) -> torch.Tensor:
-        """Weighted cross entropy of a batch whose rows are in the diffusion or in the sequential phase (DESIGN 1)."""
+        """Weighted cross entropy of a batch whose rows are in the diffusion or in the sequential phase."""
         if loss_weights is None:
             if input_ids is None:
                 raise ValueError("`loss_weights` must be given with `inputs_embeds`, which do not show the masks.")

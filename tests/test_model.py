@@ -20,7 +20,7 @@ def slots(model):
 
 
 def plain_logits(model: EsoForMaskedDiffusion, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """The network of one sequence, written out from DESIGN's formulas in float64 with a dense causal mask."""
+    """The network of one sequence, written out in float64 with a dense causal mask."""
     weights = {name: parameter.double() for name, parameter in model.state_dict().items()}
     config = model.config
     sinusoid = torch.cat([torch.ones(128), torch.zeros(128)]).double()
