@@ -170,6 +170,7 @@ def test_grouped_heads_need_no_copies(monkeypatch):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # torch's kernel for CPUs with AVX2 reads memory that it never wrote
 def test_flex_attention_agrees_with_sdpa():
     model = eso_of("llama")
     ids, orders = random_batch(model, 2, 8), random_orders(2, 8)

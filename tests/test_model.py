@@ -396,6 +396,7 @@ def test_backbone_is_a_decoder_of_its_own(tmp_path):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # torch's kernel for CPUs with AVX2 reads memory that it never wrote
 def test_flex_attention_agrees_with_sdpa():
     sdpa, flex = randomized_model("sdpa"), randomized_model("flex_attention")
     ids, order = random_batch(sdpa, 2, 8), random_orders(2, 8)
