@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import adapt_causal_lm
 import pytest
@@ -15,7 +16,7 @@ import run_pretraining
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from text_data import load_text_dataset, python_documents, tokenize, train_tokenizer
+from text_data import load_text_dataset, tokenize, train_tokenizer
 from tiny_models import randomized_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from trainer_callbacks import last_whole_checkpoint
@@ -38,9 +39,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """Real text, two hundred documents of it, as JSONL."""
+    """Real text, two hundred paragraphs of Python's language reference, as JSONL."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in python_documents()[:200]), encoding="utf-8")
+    paragraphs = [text for name in sorted(topics) for text in topics[name].split("\n\n") if len(text) > 100]
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in paragraphs[:200]), encoding="utf-8")
     return path
 
 
