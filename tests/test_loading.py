@@ -57,6 +57,7 @@ def test_folder_holds_safetensors_code_and_every_auto_class(folder):
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"}
 
 
+@pytest.mark.slow
 def test_folder_loads_and_generates_without_the_package(folder, tmp_path):
     """In a process where `import eso_lm` fails, and whose weights and samples must be the same; saved again, too."""
     script = f"""

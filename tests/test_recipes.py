@@ -120,6 +120,7 @@ def held_out_rows(texts: Path, output: Path) -> list[list[int]]:
     return tokenize(data, AutoTokenizer.from_pretrained(output), 24)["input_ids"][:8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -137,6 +138,7 @@ def test_other_ways_to_pretrain(texts, small_config, tmp_path, changes):
     assert (tmp_path / "ema").is_dir() == (changes.get("ema_decay") != 0.0)
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_trained_any_further(texts, small_config, tmp_path):
     """Even where its end is in the midst of an epoch, and its last files were lost."""
     pretrain(texts, small_config, tmp_path, max_steps=5)
@@ -151,6 +153,7 @@ def test_a_complete_run_is_not_trained_any_further(texts, small_config, tmp_path
         assert all(torch.equal(again[key], weight) for key, weight in expected.items())
 
 
+@pytest.mark.slow
 def test_going_on_from_a_model_at_another_alpha_0(texts, small_config, tmp_path):
     pretrain(texts, small_config, tmp_path / "first", alpha_0=1.0)
     first = AutoModel.from_pretrained(tmp_path / "first")
@@ -165,6 +168,7 @@ def test_going_on_from_a_model_at_another_alpha_0(texts, small_config, tmp_path)
     assert AutoModel.from_pretrained(tmp_path / "third").config.alpha_0 == 0.25, "its own, unless told otherwise"
 
 
+@pytest.mark.slow
 def test_another_run_does_not_go_on_with_this_one(texts, small_config, tmp_path):
     pretrain(texts, small_config, tmp_path, max_steps=4)
     with pytest.raises(ValueError, match=r"`length` was 24 and is 16, `alpha_0` was 0.4 and is 0.5"):
@@ -173,6 +177,7 @@ def test_another_run_does_not_go_on_with_this_one(texts, small_config, tmp_path)
     assert len(losses(history)) == 8, "a longer run of the same, evaluated more often"
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_uninterrupted_one(texts, small_config, tmp_path):
     """Killed at no particular moment; with dropout, averages, and more than an epoch of shuffled rows."""
     changes = {
@@ -367,6 +372,7 @@ def completions() -> list[dict]:
     return [{"prompt": f"{word} says: ", "completion": word * 2} for word in ("ab", "cde", "f", "ghij")] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"lora_rank": 4, "merge": True}, {"lora_rank": 4, "lora_modules": "q_proj,up_proj"}]
 )
@@ -448,6 +454,7 @@ def launch(arguments: list[str]) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_like_one(texts, small_config, tmp_path):
     """Data parallel: the loss of every step, and the weights, of the same global batch, whose noise spans both."""
     # Not with Adam, which makes whole steps of the rounding of gradients close to zero.
@@ -470,6 +477,7 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
             torch.testing.assert_close(two[key], value, atol=1e-5, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_finetuning_of_weights_in_4_bits(tmp_path):
     """QLoRA: bitsandbytes has kernels for the CPU."""
     pytest.importorskip("bitsandbytes")
@@ -509,6 +517,7 @@ def adapt(model: Path, texts: Path, output: Path, **changes) -> None:
     adapt_causal_lm.main(*adapt_causal_lm.parse_args(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"anneal": 0, "alpha_0": 1.0}, {"lora_rank": 4}])
 def test_a_causal_model_becomes_an_eso_lm(texts, causal_folder, tmp_path, changes):
     adapt(causal_folder, texts, tmp_path / "eso", **changes)

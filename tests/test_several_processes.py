@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from tiny_models import randomized_model
+
+pytestmark = pytest.mark.slow
 
 TENSOR_PARALLEL = """
 import sys
