@@ -67,6 +67,7 @@ def exact_terms(model, alpha_0: float) -> tuple[float, float]:
 
 
 # One row is too small a batch to split over the two phases: each row then draws its own.
+@pytest.mark.slow
 @pytest.mark.parametrize(("alpha_0", "rows"), [(0.0, 64), (0.5, 64), (1.0, 64), (0.5, 1)])
 @torch.no_grad()
 def test_stochastic_loss_averages_to_the_nelbo(model, alpha_0, rows):

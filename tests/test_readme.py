@@ -41,6 +41,7 @@ def trained(home) -> str:
     return output.getvalue()
 
 
+@pytest.mark.slow
 def test_quickstart_and_readme_snippets_run(trained, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     before, after = map(float, re.search(r"NELBO: ([\d.]+) .* training, ([\d.]+) after", trained).groups())
@@ -56,6 +57,7 @@ def test_quickstart_and_readme_snippets_run(trained, home, monkeypatch, capsys):
     assert "nats per token" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(trained, home, monkeypatch):
     monkeypatch.chdir(home)
     run_example(monkeypatch, "plot_unmasking.py", "--output", "unmasking.png", "--length", "20")

@@ -480,7 +480,6 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
 @pytest.mark.slow
 def test_finetuning_of_weights_in_4_bits(tmp_path):
     """QLoRA: bitsandbytes has kernels for the CPU."""
-    pytest.importorskip("bitsandbytes")
     tokenizer = train_tokenizer(["The number 5 is followed by the number 6. " * 20], 300, 32)
     tokens = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "eos_token_id": 0}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "cond_dim": 64}  # multiples of 32, for its kernels
