@@ -5,15 +5,20 @@ BIN := $(VENV)/bin
 # Of `make reproduce`: minutes, hours or gpu.
 SCALE ?= minutes
 
-.PHONY: demo test bench reproduce clean
+.PHONY: demo test test-all lint bench reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
-test: $(VENV)/installed
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py

@@ -123,7 +123,8 @@ def sample_scoring_orders(
 ) -> torch.Tensor:
     """Draws orders in which `generate` might have written the free tokens of a text, after the given ones.
 
-    n ~ Binomial(free tokens, α_0) of the free tokens are shuffled, the others follow from left to right.
+    n ~ Binomial(free tokens, α_0) of the free tokens are shuffled, the others follow from left to right (arXiv
+    2506.01928, section 4).
 
     Args:
         is_real, is_given: (batch, length) bool; given tokens come first, from left to right, padding last.

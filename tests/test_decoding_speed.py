@@ -166,6 +166,7 @@ def test_few_shapes_serve_all_steps():
     assert len(shapes) > 50
 
 
+@pytest.mark.slow
 def test_a_step_compiles_as_one_graph():
     model = randomized_model()
     torch._dynamo.reset()
@@ -206,6 +207,7 @@ def test_replayed_graphs_generate_the_same_on_a_gpu(attention):
         torch.testing.assert_close(result.logits, results[0].logits, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_backbone_of_a_training_step_compiles_once():
     """Rows, masks and queries differ from batch to batch: that must not compile anything anew."""
     model = randomized_model().train()

@@ -57,6 +57,7 @@ def language():
     return randomized_model(vocab_size=VOCAB + 1, scale=0.15, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_length", [1, 2, 4, "auto"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_follow_the_exact_distribution_left_to_right(language, draft_length, temperature):
@@ -71,6 +72,7 @@ def test_samples_follow_the_exact_distribution_left_to_right(language, draft_len
         torch.testing.assert_close(scored.double(), exact.flatten(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
@@ -249,6 +251,7 @@ def test_a_forward_takes_at_most_three_slots_for_each_token_of_a_draft():
     assert starts == sorted(starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repetition_penalty", "own"])
 def test_processors_that_look_at_the_text_see_the_drafts_before(language, name):
     """Against one-token sampling with the same processors, which is counted too."""

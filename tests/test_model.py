@@ -20,7 +20,7 @@ def slots(model):
 
 
 def plain_logits(model: EsoForMaskedDiffusion, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """The network of one sequence, written out from DESIGN's formulas in float64 with a dense causal mask."""
+    """The network of one sequence, written out in float64 with a dense causal mask."""
     weights = {name: parameter.double() for name, parameter in model.state_dict().items()}
     config = model.config
     sinusoid = torch.cat([torch.ones(128), torch.zeros(128)]).double()
@@ -402,9 +402,9 @@ def test_backbone_is_a_decoder_of_its_own(tmp_path):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # torch's kernel for CPUs with AVX2 reads memory that it never wrote
 def test_flex_attention_agrees_with_sdpa():
-    # Of heads narrower than 32, torch's compiled kernel for CPUs with AVX2 alone gets few slots wrong.
-    sdpa, flex = (randomized_model(attention, hidden_size=128, scale=0.1) for attention in ("sdpa", "flex_attention"))
+    sdpa, flex = randomized_model("sdpa"), randomized_model("flex_attention")
     ids, order = random_batch(sdpa, 2, 8), random_orders(2, 8)
     fed = ids.masked_fill(torch.arange(8) >= 4, MASK)
     torch.testing.assert_close(

@@ -8,7 +8,6 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 
-pytest.importorskip("bitsandbytes")
 WIDTH = {"hidden_size": 64, "intermediate_size": 128}  # the kernels want multiples of 32
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import adapt_causal_lm
 import pytest
@@ -17,7 +18,7 @@ import run_pretraining
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from text_data import load_text_dataset, python_documents, tokenize, train_tokenizer
+from text_data import load_text_dataset, tokenize, train_tokenizer
 from tiny_models import randomized_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from trainer_callbacks import WholeCheckpoints, changed_settings, checkpoints_in, last_whole_checkpoint
@@ -41,9 +42,10 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    """Real text, two hundred documents of it, as JSONL."""
+    """Real text, two hundred paragraphs of Python's language reference, as JSONL."""
     path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
-    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in python_documents()[:200]), encoding="utf-8")
+    paragraphs = [text for name in sorted(topics) for text in topics[name].split("\n\n") if len(text) > 100]
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in paragraphs[:200]), encoding="utf-8")
     return path
 
 
@@ -121,6 +123,7 @@ def held_out_rows(texts: Path, output: Path) -> list[list[int]]:
     return tokenize(data, AutoTokenizer.from_pretrained(output), 24)["input_ids"][:8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -138,6 +141,7 @@ def test_other_ways_to_pretrain(texts, small_config, tmp_path, changes):
     assert (tmp_path / "ema").is_dir() == (changes.get("ema_decay") != 0.0)
 
 
+@pytest.mark.slow
 def test_a_complete_run_is_not_trained_any_further(texts, small_config, tmp_path):
     """Even where its end is in the midst of an epoch, and its last files were lost."""
     pretrain(texts, small_config, tmp_path, max_steps=5)
@@ -152,6 +156,7 @@ def test_a_complete_run_is_not_trained_any_further(texts, small_config, tmp_path
         assert all(torch.equal(again[key], weight) for key, weight in expected.items())
 
 
+@pytest.mark.slow
 def test_going_on_from_a_model_at_another_alpha_0(texts, small_config, tmp_path):
     pretrain(texts, small_config, tmp_path / "first", alpha_0=1.0)
     first = AutoModel.from_pretrained(tmp_path / "first")
@@ -166,6 +171,7 @@ def test_going_on_from_a_model_at_another_alpha_0(texts, small_config, tmp_path)
     assert AutoModel.from_pretrained(tmp_path / "third").config.alpha_0 == 0.25, "its own, unless told otherwise"
 
 
+@pytest.mark.slow
 def test_another_run_does_not_go_on_with_this_one(texts, small_config, tmp_path):
     pretrain(texts, small_config, tmp_path, max_steps=4)
     noted = (tmp_path / "arguments.json").read_text()
@@ -265,6 +271,7 @@ def test_settings_noted_by_other_versions(eight_steps, texts, small_config, tmp_
         pretrain(texts, small_config, output)
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_like_an_uninterrupted_one(texts, small_config, tmp_path):
     """Killed at no particular moment; with dropout, averages, and more than an epoch of shuffled rows."""
     changes = {
@@ -533,6 +540,7 @@ def completions() -> list[dict]:
     return [{"prompt": f"{word} says: ", "completion": word * 2} for word in ("ab", "cde", "f", "ghij")] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"lora_rank": 4, "merge": True}, {"lora_rank": 4, "lora_modules": "q_proj,up_proj"}]
 )
@@ -724,6 +732,7 @@ def test_two_processes_go_on_as_one(tmp_path):
     assert sizes == {"rng_state_0.pth": 6, "rng_state_1.pth": 6}
 
 
+@pytest.mark.slow
 def test_two_processes_learn_like_one(texts, small_config, tmp_path):
     """Data parallel: the loss of every step, and the weights, of the same global batch, whose noise spans both."""
     # Not with Adam, which makes whole steps of the rounding of gradients close to zero.
@@ -753,9 +762,9 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
     assert_same_weights(uninterrupted, tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_finetuning_of_weights_in_4_bits(tmp_path):
     """QLoRA: bitsandbytes has kernels for the CPU."""
-    pytest.importorskip("bitsandbytes")
     tokenizer = train_tokenizer(["The number 5 is followed by the number 6. " * 20], 300, 32)
     tokens = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "eos_token_id": 0}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "cond_dim": 64}  # multiples of 32, for its kernels
@@ -792,6 +801,7 @@ def adapt(model: Path, texts: Path, output: Path, **changes) -> None:
     adapt_causal_lm.main(*adapt_causal_lm.parse_args(arguments))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"anneal": 0, "alpha_0": 1.0}, {"lora_rank": 4}])
 def test_a_causal_model_becomes_an_eso_lm(texts, causal_folder, tmp_path, changes):
     adapt(causal_folder, texts, tmp_path / "eso", **changes)
