@@ -103,7 +103,7 @@ class Canvas:
     ) -> None:
         """Fills in the tokens of forward number `step`, which stand at (rows, columns)."""
         self.tokens[rows, columns] = torch.tensor(tokens, dtype=torch.long)
-        self.log_probs[rows, columns] = torch.tensor(log_probs)
+        self.log_probs[rows, columns] = torch.tensor(log_probs, dtype=torch.float32)
         self.unmasking_steps[rows, columns] = step
         self.is_open[rows, columns] = False
         for row, column, token in zip(rows, columns, tokens, strict=True):

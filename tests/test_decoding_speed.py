@@ -234,3 +234,11 @@ def test_the_backbone_of_a_training_step_compiles_once():
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[2]
+
+
+@pytest.mark.parametrize("max_new_tokens", [5, 30, 255])
+def test_keys_of_static_steps_have_the_same_shape_for_short_texts(max_new_tokens):
+    model = randomized_model()
+    settings = {"cache_implementation": "static", "disable_compile": True, "num_diffusion_steps": 2, "alpha_0": 1.0}
+    output = model.generate(max_new_tokens=max_new_tokens, return_dict_in_generate=True, **settings)
+    assert output.past_key_values.layers[0].keys.shape[-2] == 256
