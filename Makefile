@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Of `make reproduce`: minutes, hours or gpu.
 SCALE ?= minutes
+# Of `make test-common`: the folder `tests` of transformers' repository (tests/transformers_common/README.md).
+TRANSFORMERS_TESTS ?=
 
-.PHONY: demo test test-all lint bench reproduce clean
+.PHONY: demo test test-all test-common lint bench reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -19,6 +21,10 @@ test-all: lint
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+test-common: $(VENV)/installed
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) \
+		$(BIN)/python -m pytest tests/transformers_common
 
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py

@@ -723,6 +723,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_as_one(tmp_path):
     """What the main process sees holds for both, and a checkpoint is whole when both have written theirs."""
     script = tmp_path / "script.py"
