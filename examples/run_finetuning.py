@@ -84,7 +84,7 @@ def main(arguments: Arguments, training: FinetuningArguments) -> None:
         None if name is None else load_examples(name, tokenizer, length)
         for name in (arguments.train_file, arguments.held_out_file)
     )
-    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, alpha_0=model.config.alpha_0)
+    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, config=model.config)
     trainer = Trainer(model, training, data_collator=collator, train_dataset=data, processing_class=tokenizer)
     trainer.add_callback(NoiseByEpoch(collator, training.seed))
     if held_out is not None:

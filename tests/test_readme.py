@@ -47,7 +47,7 @@ def test_quickstart_and_readme_snippets_run(trained, home, monkeypatch, capsys):
     before, after = map(float, re.search(r"NELBO: ([\d.]+) .* training, ([\d.]+) after", trained).groups())
     assert after < before - 0.5
     assert len(re.findall(r"^--- alpha_0 = ", trained, flags=re.MULTILINE)) == 6
-    assert len(SNIPPETS) == 12
+    assert len(SNIPPETS) == 13
     namespace = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
