@@ -7,19 +7,24 @@ SCALE ?= minutes
 # Of `make test-common`: the folder `tests` of transformers' repository (tests/transformers_common/README.md).
 TRANSFORMERS_TESTS ?=
 
-.PHONY: demo test test-common bench reproduce clean
+.PHONY: demo test test-all test-common lint bench reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
-test: $(VENV)/installed
+test: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+
+test-all: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 test-common: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) \
-		$(BIN)/python -m pytest tests/transformers_common
+		$(BIN)/python -m pytest --override-ini strict_markers=false tests/transformers_common
 
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py

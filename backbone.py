@@ -27,6 +27,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from .attention_mask import make_attention_mask
 from .configuration_eso import LENGTH_DEPENDENT_ROPE_TYPES
+from .packed_rows import PackedRows, attend_packed
 
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 GROUPED_SDPA = "eso_grouped_sdpa"
@@ -127,6 +128,8 @@ def run_backbone(
     """
     tokens = input_ids if input_ids is not None else inputs_embeds
     batch, num_slots = tokens.shape[:2]
+    if kwargs.get("packed_rows") is None:
+        attention_mask = _mask_for(decoder, attention_mask, batch, num_slots, past_key_values, tokens.device)
     num_cached = 0 if past_key_values is None else past_key_values.get_seq_length()
     if position_ids is None:
         position_ids = torch.arange(num_cached, num_cached + num_slots, device=tokens.device)[None]
@@ -134,7 +137,7 @@ def run_backbone(
         past_key_values = DynamicCache()
     return decoder(
         input_ids=input_ids,
-        attention_mask=_mask_for(decoder, attention_mask, batch, num_slots, past_key_values, tokens.device),
+        attention_mask=attention_mask,
         position_ids=position_ids.expand(batch, num_slots),
         past_key_values=past_key_values,
         inputs_embeds=inputs_embeds,
@@ -185,13 +188,18 @@ def grouped_sdpa_attention_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    packed_rows: PackedRows | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
 
     There it repeats them for every head of a group: in a decoding step the whole cache. Here the heads of a group are
-    further queries of the same keys.
+    further queries of the same keys. Rows may be packed.
     """
+    if packed_rows is not None:
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        attend = grouped_sdpa_attention_forward
+        return attend_packed(attend, module, query, key, value, attention_mask, packed_rows, **kwargs)
     batch, num_heads, slots, width = query.shape
     groups = num_heads // key.shape[1]
     is_plain = attention_mask is not None and attention_mask.shape[1] == 1

@@ -1,7 +1,38 @@
 """A KV cache that is allocated once and appended to in place."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass
+class SlotPlaces:
+    """Where in a cache the slots of a forward are written, if not behind one another in all rows alike.
+
+    Args:
+        rows, slots: The row of the cache, and the slot in it, of every slot that is fed; they broadcast to the shape
+            (batch, fed) of the forward. A place may be named twice, for the same token.
+        batch: Rows of the cache.
+    """
+
+    rows: torch.LongTensor
+    slots: torch.LongTensor
+    batch: int
+
+
+@dataclass
+class CachedText:
+    """Which tokens the slots of a cache hold, so that a later call can tell what it need not compute again.
+
+    Args:
+        tokens, positions: (batch, slots), the token of each slot and its text position.
+        lengths: Of each row, the slots that count.
+    """
+
+    tokens: torch.LongTensor
+    positions: torch.LongTensor
+    lengths: list[int]
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -18,13 +49,16 @@ class PreallocatedLayer(CacheLayerMixin):
         self.max_length = max_length
         self.is_compileable = is_compileable
         self.length = 0
-        self.row_slots: torch.LongTensor | None = None
+        self.places: SlotPlaces | None = None
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
+        batch = len(key_states) if self.places is None else self.places.batch
         # Zeros, because a row may look past its own slots: attention gives them no weight, but 0 x NaN is NaN.
-        self.keys = key_states.new_zeros(*key_states.shape[:-2], self.max_length, key_states.shape[-1])
-        self.values = value_states.new_zeros(*value_states.shape[:-2], self.max_length, value_states.shape[-1])
+        self.keys, self.values = (
+            states.new_zeros(batch, states.shape[1], self.max_length, states.shape[-1])
+            for states in (key_states, value_states)
+        )
         if self.is_compileable:
             # A CUDA graph may then write to them where they are.
             torch._dynamo.mark_static_address(self.keys)
@@ -36,7 +70,7 @@ class PreallocatedLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if self.row_slots is None:
+        if self.places is None:
             start, self.length = self.length, self.length + key_states.shape[-2]
             if self.length > self.max_length:
                 raise ValueError(
@@ -46,14 +80,14 @@ class PreallocatedLayer(CacheLayerMixin):
             self.keys[..., start : self.length, :] = key_states
             self.values[..., start : self.length, :] = value_states
         else:
-            rows = torch.arange(len(self.row_slots), device=self.row_slots.device)[:, None]
-            self.keys[rows, :, self.row_slots] = key_states.transpose(1, 2)
-            self.values[rows, :, self.row_slots] = value_states.transpose(1, 2)
+            rows, slots = self.places.rows, self.places.slots
+            self.keys[rows, :, slots] = key_states.transpose(1, 2)
+            self.values[rows, :, slots] = value_states.transpose(1, 2)
         return self.keys[..., : self.length, :], self.values[..., : self.length, :]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        # With slots named for each row, `length` counts those that are to be written already.
-        return self.length + (query_length if self.row_slots is None else 0), 0
+        # Where places are named, `length` counts those that are to be written already.
+        return self.length + (query_length if self.places is None else 0), 0
 
     def get_seq_length(self) -> int:
         return self.length
@@ -71,7 +105,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.length += tokens_to_remove
 
     def reset(self) -> None:
-        self.length, self.row_slots = 0, None
+        self.length, self.places = 0, None
 
 
 class PreallocatedCache(Cache):
@@ -83,21 +117,32 @@ class PreallocatedCache(Cache):
         num_layers: Layers of the model.
         max_length: Slots that the cache can hold; going beyond raises a ValueError.
         is_compileable: Whether forwards on top of it may be compiled, or replayed as CUDA graphs: `keep` then has to
-            name `row_slots` before each of them, after a first one that is not compiled and allocates the memory.
+            name places before each of them, after a first one that is not compiled and allocates the memory.
     """
 
     def __init__(self, num_layers: int, max_length: int, is_compileable: bool = False):
         super().__init__(layers=[PreallocatedLayer(max_length, is_compileable) for _ in range(num_layers)])
         self.max_length = max_length
+        self.text: CachedText | None = None
 
-    def keep(self, length: int, row_slots: torch.LongTensor | None = None) -> None:
+    def copy_from(self, cache: Cache, length: int, repeats: int) -> None:
+        """Takes over the first `length` slots of a cache, each of its rows `repeats` times; it stays as it is."""
+        for layer, source in zip(self.layers, cache.layers, strict=True):
+            keys, values = (
+                states[..., :length, :].repeat_interleave(repeats, dim=0) for states in (source.keys, source.values)
+            )
+            layer.places = None
+            layer.lazy_initialization(keys, values)
+            layer.keys[..., :length, :], layer.values[..., :length, :] = keys, values
+            layer.length = length
+
+    def keep(self, length: int, places: SlotPlaces | None = None) -> None:
         """Says where the next slots go: whatever stands there or behind is forgotten.
 
         Args:
-            length: Slots that stay in use, in every row; with `row_slots`, the slots that the next `update` returns,
-                of which each row's attention mask has to show its own.
-            row_slots: (batch, slots), where in its row each of the next slots is written, < `length`. A slot may be
-                named twice, for the same token. None: all rows go on at `length`.
+            length: Slots that stay in use, in every row; with `places`, the slots that the next `update` returns, of
+                which each row may look at its own alone.
+            places: Where each of the next slots is written, in slots < `length`. None: all rows go on at `length`.
         """
         for layer in self.layers:
-            layer.length, layer.row_slots = length, row_slots
+            layer.length, layer.places = length, places

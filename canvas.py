@@ -6,8 +6,9 @@ on which text is known (end of text, stopping criteria, streamers, the context o
 
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
 
+from .cache import CachedText
 from .generation_order import text_positions
 
 
@@ -47,12 +48,13 @@ class Canvas:
         self.is_open = self.is_real & (self.tokens == mask_token_id)
         self.text_positions = text_positions(self.is_real)
         self.num_given = (self.is_real & ~self.is_open).sum(dim=-1).tolist()
-        self.num_open = self.is_open.sum(dim=-1).tolist()
         given_columns = torch.where(self.is_real & ~self.is_open, torch.arange(length), -1)
         self.last_given = torch.cat([given_columns, torch.full((self.batch, 1), -1)], dim=-1).amax(dim=-1).tolist()
 
+        # Of each row, the columns of given tokens that a cache holds already, in the order of its slots.
+        self.cached_columns: list[list[int]] = [[] for _ in range(self.batch)]
         self.unmasking_steps = torch.zeros_like(self.tokens)
-        self.log_probs = torch.zeros(self.batch, length)
+        self.log_probs = torch.zeros(self.batch, length, dtype=torch.float32)
         # Columns from the left up to the first open one, and those that count: the others are padding in the end.
         self.known = [0] * self.batch
         self.end = [length] * self.batch
@@ -62,12 +64,46 @@ class Canvas:
         for row in range(self.batch):
             self._extend_known(row)
 
+    @property
+    def num_open(self) -> list[int]:
+        """(batch,), the columns of each row that are still open."""
+        return self.is_open.sum(dim=-1).tolist()
+
+    def cut(self, row: int, end: int) -> None:
+        """Ends a row after `end` columns before anything is decided: what was to follow is padding."""
+        self.end[row] = end
+        self.is_open[row, end:] = False
+        self.is_real[row, end:] = False
+
+    def take_cached(self, text: CachedText) -> None:
+        """Takes note of what a cache holds: given tokens, whose keys and values need not be computed again.
+
+        Raises:
+            ValueError: when it holds anything else.
+        """
+        for row, length in enumerate(text.lengths):
+            column_of_position = self.is_real[row].nonzero()[:, 0]
+            positions, tokens = text.positions[row, :length], text.tokens[row, :length]
+            if length and positions.max() >= len(column_of_position):
+                raise ValueError(
+                    f"`past_key_values` holds {int(positions.max()) + 1} tokens of row {row}, which has fewer: pass "
+                    f"the whole text as `input_ids`, what is cached and what is new."
+                )
+            columns = column_of_position[positions]
+            differs = self.is_open[row, columns] | (self.tokens[row, columns] != tokens)
+            if differs.any():
+                place = int(positions[differs].min())
+                raise ValueError(
+                    f"`past_key_values` holds another text than `input_ids`: row {row} differs at token {place}."
+                )
+            self.cached_columns[row] = columns.tolist()
+
     def reveal(
         self, rows: list[int], columns: list[int], tokens: list[int], log_probs: list[float], step: int
     ) -> None:
         """Fills in the tokens of forward number `step`, which stand at (rows, columns)."""
         self.tokens[rows, columns] = torch.tensor(tokens, dtype=torch.long)
-        self.log_probs[rows, columns] = torch.tensor(log_probs)
+        self.log_probs[rows, columns] = torch.tensor(log_probs, dtype=torch.float32)
         self.unmasking_steps[rows, columns] = step
         self.is_open[rows, columns] = False
         for row, column, token in zip(rows, columns, tokens, strict=True):
@@ -132,10 +168,12 @@ class Canvas:
 class StopWatcher:
     """Asks stopping criteria about the text known from the left, as they would see it in left-to-right decoding.
 
-    After every forward they first get the text that they have let pass, its last token masked. Whoever says stop to
-    that, be it a clock or a cancel button, stops the row as it is, and what is open stays masked. Then they get the
-    text once for each token that has joined it. Who says stop to that has seen something in the text: it ends there,
-    and later columns become padding. Rows come one at a time, without scores.
+    Before the first forward they get the prompt, its last token masked. Who says stop to that (but for `max_time`)
+    would say so to any text: as in transformers, one token follows, and the row ends there. After every forward they
+    first get the text that they have let pass, again with its last token masked. Whoever says stop to that, be it a
+    clock or a cancel button, stops the row as it is, and what is open stays masked. Then they get the text once for
+    each token that has joined it. Who says stop to that has seen something in the text: it ends there, and later
+    columns become padding. Rows come one at a time, without scores.
 
     Args:
         stopping_criteria: Those of `generate`; what the canvas sees to itself (length, end of text) is left out.
@@ -150,6 +188,12 @@ class StopWatcher:
         self.canvas, self.device = canvas, device
         known_or_given = zip(canvas.known, canvas.last_given, strict=True)
         self.asked = [max(known, last_given + 1) for known, last_given in known_or_given]
+        is_clock = [isinstance(criterion, MaxTimeCriteria) for criterion in self.stopping_criteria]
+        others = [one for one, is_one in zip(self.stopping_criteria, is_clock, strict=True) if not is_one]
+        self.is_satisfied = [self._stops_anyway(row, StoppingCriteriaList(others)) for row in range(canvas.batch)]
+        for row, end in enumerate(self.asked):
+            if self.is_satisfied[row]:
+                canvas.cut(row, min(end + 1, canvas.length))
 
     def update(self) -> None:
         """Asks about every row that goes on."""
@@ -157,9 +201,9 @@ class StopWatcher:
             return
         canvas = self.canvas
         for row in range(canvas.batch):
-            if canvas.is_stopped[row]:
+            if canvas.is_stopped[row] or self.is_satisfied[row]:
                 continue
-            if self._says_stop(row, max(self.asked[row], 1), masks_last=True):
+            if self._stops_anyway(row, self.stopping_criteria):
                 canvas.stop(row, canvas.end[row])
                 continue
             known = min(canvas.known[row], canvas.end[row])
@@ -169,11 +213,19 @@ class StopWatcher:
                     break
             self.asked[row] = max(self.asked[row], known)
 
-    def _says_stop(self, row: int, end: int, masks_last: bool = False) -> bool:
-        text = self.canvas.tokens[row : row + 1, :end].to(self.device, copy=True)
-        if masks_last:
-            text[:, -1] = self.canvas.mask_token_id
-        return bool(self.stopping_criteria(text, None).all())
+    def _stops_anyway(self, row: int, criteria: StoppingCriteriaList) -> bool:
+        """Whether the text is to stop that has been let pass, whatever its last token is."""
+        if not criteria or self.canvas.length == 0:
+            return False
+        text = self._text(row, max(self.asked[row], 1))
+        text[:, -1] = self.canvas.mask_token_id
+        return bool(criteria(text, None).all())
+
+    def _says_stop(self, row: int, end: int) -> bool:
+        return bool(self.stopping_criteria(self._text(row, end), None).all())
+
+    def _text(self, row: int, end: int) -> torch.LongTensor:
+        return self.canvas.tokens[row : row + 1, :end].to(self.device, copy=True)
 
 
 def _is_redundant(criterion: StoppingCriteria, canvas: Canvas) -> bool:

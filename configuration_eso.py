@@ -3,7 +3,7 @@
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .validation import is_integer, is_number
+from .validation import is_integer, is_number, to_python
 
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 """Rotary angles that change with the length of the text: keys in a cache would not be those of a longer text."""
@@ -33,6 +33,8 @@ class EsoConfig(PreTrainedConfig):
             take it from here unless told otherwise.
         pad_token_id, bos_token_id (`int`, *optional*): Padding and beginning-of-text ids.
         eos_token_id (`int` or `list[int]`, *optional*): End-of-text id or ids.
+        use_cache (`bool`, defaults to `True`): Whether `generate` uses its KV cache, unless told otherwise. A plain
+            forward makes a cache only when it is asked to by its own `use_cache`: its slots then stay as given.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Of a causal decoder of transformers that takes the
             place of `EsoModel`: Llama, Qwen, GPT-2, ... The sizes above are then read from it, whatever is given
@@ -69,10 +71,13 @@ class EsoConfig(PreTrainedConfig):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
+    use_cache: bool = True
     tie_word_embeddings: bool = False
     backbone_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
+        for name, value in vars(self).items():
+            setattr(self, name, to_python(value))
         if self.backbone_config is not None:
             self._take_sizes_from_backbone()
         if self.intermediate_size is None and is_integer(self.hidden_size):
@@ -110,8 +115,9 @@ class EsoConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
         if not is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
-        if not isinstance(self.tie_word_embeddings, bool):
-            raise ValueError(f"`tie_word_embeddings` must be True or False, got {self.tie_word_embeddings!r}.")
+        for name in ("use_cache", "tie_word_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
 
         if not self._is_token_id(self.mask_token_id):
             raise ValueError(
@@ -149,6 +155,9 @@ class EsoConfig(PreTrainedConfig):
             "hidden_size",
             "num_hidden_layers",
             "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "intermediate_size",
             "max_position_embeddings",
         ):
             if hasattr(self.backbone_config, name):

@@ -10,9 +10,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
+from .configuration_eso import EsoConfig
 from .generation_order import order_of_slots, text_positions
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
-from .validation import is_integer, is_number
+from .validation import is_integer, is_number, require_zeros_and_ones
 
 IGNORED_LABEL = -100
 
@@ -32,13 +33,16 @@ class DataCollatorForHybridMaskedDiffusion:
         tokenizer: Where `mask_token_id` and `pad_token_id` come from when they are not given.
         mask_token_id: Id of the mask.
         pad_token_id: Id to pad with; needed when the examples of a batch differ in length.
-        alpha_0: Expected fraction of tokens of the diffusion phase, in [0, 1]. Give the model's `config.alpha_0`.
+        alpha_0: Expected fraction of tokens of the diffusion phase, in [0, 1]; None: that of `config`. One of the two
+            must be given.
         diffusion_fraction: Fraction of the rows that feed the diffusion term. `None`: 1 at α_0 = 1, 0 at α_0 = 0, else
             0.5.
         loss_type: "elbo", or, at α_0 = 1 and for training only, "low_var", which sets w(t) to 1.
         seed: `None`: new noise for every batch, different between workers, ranks and epochs, drawn from torch's global
             random state. A number: the noise is a function of the seed and the batch alone, for evaluation.
         pad_to_multiple_of: Rounds the padded length up.
+        config: The model's `config`, from which `alpha_0` and the ids come that are given neither by themselves nor by
+            the tokenizer; a tokenizer with another mask is refused.
 
     Each example has "input_ids", and may have "attention_mask" (0 at padding, on either side) and "labels" (-100 at
     the prompt, which stays clean and comes first; elsewhere equal to `input_ids`). A batch has, in generation order:
@@ -53,19 +57,32 @@ class DataCollatorForHybridMaskedDiffusion:
     tokenizer: PreTrainedTokenizerBase | None = None
     mask_token_id: int | None = None
     pad_token_id: int | None = None
-    alpha_0: float = 1.0
+    alpha_0: float | None = None
     diffusion_fraction: float | None = None
     loss_type: str = "elbo"
     seed: int | None = None
     pad_to_multiple_of: int | None = None
+    config: EsoConfig | None = None
 
     def __post_init__(self):
+        for name in ("mask_token_id", "pad_token_id"):
+            for source in (self.tokenizer, self.config):
+                if getattr(self, name) is None:
+                    setattr(self, name, getattr(source, name, None))
         if self.mask_token_id is None:
-            self.mask_token_id = getattr(self.tokenizer, "mask_token_id", None)
-        if self.mask_token_id is None:
-            raise ValueError("`mask_token_id` must be given, or a `tokenizer` that has a mask token.")
-        if self.pad_token_id is None:
-            self.pad_token_id = getattr(self.tokenizer, "pad_token_id", None)
+            raise ValueError("`mask_token_id` must be given, or a `tokenizer` that has a mask token, or a `config`.")
+        if self.config is not None and self.mask_token_id != self.config.mask_token_id:
+            raise ValueError(
+                f"`mask_token_id` is {self.mask_token_id}, by itself or of the `tokenizer`, and that of the `config` "
+                f"{self.config.mask_token_id}: the model must know the masks for what they are."
+            )
+        if self.alpha_0 is None:
+            self.alpha_0 = getattr(self.config, "alpha_0", None)
+        if self.alpha_0 is None:
+            raise ValueError(
+                "`config` (the model's, from which `alpha_0` is taken) or `alpha_0` must be given: a model should be "
+                "trained on the mixture that it samples with."
+            )
         for name in ("alpha_0", "diffusion_fraction"):
             value = getattr(self, name)
             if value is None and name == "diffusion_fraction":
@@ -150,10 +167,12 @@ class DataCollatorForHybridMaskedDiffusion:
                 f"and dtype {input_ids.dtype}."
             )
         input_ids = input_ids.long()
+        if len(input_ids) > 0 and input_ids.min() < 0:
+            raise ValueError(f"`input_ids` of example {index} must be ids >= 0, got {int(input_ids.min())}.")
         attention_mask = example.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        is_real = torch.as_tensor(attention_mask, dtype=torch.bool)
+        attention_mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask)
+        require_zeros_and_ones(f"attention_mask of example {index}", attention_mask)
+        is_real = attention_mask.bool()
         labels = example.get("labels")
         labels = input_ids if labels is None else torch.as_tensor(labels, dtype=torch.long)
         for name, values in (("attention_mask", is_real), ("labels", labels)):

@@ -4,6 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +13,10 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import BlockMask
 
 from .attention_mask import make_attention_mask
-from .cache import PreallocatedCache
+from .cache import PreallocatedCache, SlotPlaces
 from .canvas import Canvas
 from .logits_process import TEXT_FREE_PROCESSORS, SlotProcessor, process_logits
+from .packed_rows import PackedRows
 from .sampling import Generators, draw_uniform
 
 MAX_COMPILED_SLOTS = 128
@@ -66,6 +68,12 @@ class DecodingStrategy(ABC):
 
     in_lockstep = False
     """Whether all rows stand at the same place in every step."""
+
+    order: torch.LongTensor
+    """(batch, length), the column of the token at each slot; those of decided slots change no more."""
+
+    cached: list[int]
+    """Of each row, the slots in front whose keys and values are cached."""
 
     @abstractmethod
     def next_feed(self) -> Feed:
@@ -139,8 +147,9 @@ def require_drawable(is_drawable: list[float]) -> None:
 class Decoder:
     """Runs forwards on top of a cache, in the cheapest way that the rows of a batch allow.
 
-    Rows that stand at the same place need no mask, or one of their own slots alone. Rows that do not, and steps of
-    static shape, need one of the length of the cache.
+    Rows that stand at the same place and feed as many slots need no mask, or one of their own slots alone. Others are
+    packed, one behind the other, so that none pays for the slots of another. Steps of static shape, and attention that
+    does not know packed rows, take padded ones, with a mask of the length of the cache.
 
     Args:
         model: An Eso-LM.
@@ -156,52 +165,98 @@ class Decoder:
     @torch.no_grad()
     def __call__(self, feed: Feed) -> torch.FloatTensor:
         """Returns (kept slots of all rows, vocab), logits in float32, row by row."""
-        cache, device = self.cache, self.model.device
-        batch, num_slots = feed.input_ids.shape
-        num_kept = max(len(kept) for kept in feed.kept)
-        is_static = self._has_static_shape(num_slots)
-        if is_static:
-            num_kept = _next_power_of_two(num_kept)
-            num_slots = max(_next_power_of_two(num_slots), 2 * num_kept)
-        is_uniform = not is_static and len(set(feed.starts)) == 1
+        is_static = self._has_static_shape(feed.input_ids.shape[1])
+        is_uniform = len(set(feed.starts)) == 1 and len(set(feed.num_fed)) == 1
+        if not is_static and (self.cache is None or is_uniform):
+            return self._run_uniform(feed)
+        if not is_static and self.model.takes_packed_rows:
+            return self._run_packed(feed)
+        return self._run_padded(feed, is_static)
 
-        # Which of the slots of its row each one is: beyond the last that counts, the last once more. Rows that are
-        # done, and feed nothing, write over a slot that no other will see.
+    def _run_uniform(self, feed: Feed) -> torch.FloatTensor:
+        """Rows that stand at the same place; without a cache, what some of them feed less is padding behind."""
+        _rewind(self.cache, feed.starts[0])
+        slots_to_keep = _slots_to_keep(feed, feed.input_ids.shape[1])
+        logits = self._forward(
+            self.model,
+            feed.input_ids,
+            feed.position_ids,
+            None if feed.horizon is None else self._narrow_mask(feed),
+            slots_to_keep,
+        )
+        return _of_kept_slots(logits, feed)
+
+    def _run_packed(self, feed: Feed) -> torch.FloatTensor:
+        """Rows that advance apart: their slots one behind the other."""
+        rows = [row for row, count in enumerate(feed.num_fed) for _ in range(count)]
+        own = [slot for count in feed.num_fed for slot in range(count)]
+        first = list(accumulate(feed.num_fed, initial=0))
+        kept = [first[row] + slot for row, slots in enumerate(feed.kept) for slot in slots]
+        num_keys = [start + count for start, count in zip(feed.starts, feed.num_fed, strict=True)]
+        row_index, slot_index = torch.tensor(rows), torch.tensor(own)
+        input_ids, position_ids = feed.input_ids[row_index, slot_index], feed.position_ids[row_index, slot_index]
+        slots = slot_index + torch.tensor(feed.starts)[row_index]
+        device = self.model.device
+        rows_and_slots = torch.stack([row_index, slots])[:, None].to(device)
+        self.cache.keep(max(num_keys), SlotPlaces(*rows_and_slots, batch=len(feed.num_fed)))
+        padded = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape)
+        logits = self._forward(
+            self.model,
+            input_ids[None],
+            position_ids[None],
+            self._wide_mask(feed, padded, torch.tensor(feed.starts)[:, None], max(num_keys)),
+            torch.tensor(kept)[None],
+            packed_rows=PackedRows(feed.num_fed, num_keys),
+        )
+        return logits[0].float()
+
+    def _run_padded(self, feed: Feed, is_static: bool) -> torch.FloatTensor:
+        """Rows that are filled up to the same number of slots, with the last that counts once more."""
+        cache = self.cache
+        batch, num_slots = feed.input_ids.shape
+        if is_static:
+            num_slots = max(_next_power_of_two(num_slots), 2 * _next_power_of_two(_most_kept(feed)))
         own = torch.arange(num_slots).expand(batch, num_slots)
-        if not is_uniform:
-            own = own.minimum(torch.tensor(feed.num_fed)[:, None] - 1).clamp(min=0)
+        own = own.minimum(torch.tensor(feed.num_fed)[:, None] - 1).clamp(min=0)
+        # Rows that are done, and feed nothing, write over a slot that no other will see.
         starts = torch.tensor(feed.starts)[:, None] - (torch.tensor(feed.num_fed)[:, None] == 0).long()
         starts = starts.clamp(min=0)
-        input_ids, position_ids, row_slots = torch.stack(
-            [feed.input_ids.gather(1, own), feed.position_ids.gather(1, own), starts + own]
-        ).to(device)
-        attention_mask = None
-        if is_uniform:
-            _rewind(cache, feed.starts[0])
-            if feed.horizon is not None:
-                attention_mask = self._narrow_mask(feed)
-        elif cache is not None:
-            num_keys = max(start + fed for start, fed in zip(feed.starts, feed.num_fed, strict=True))
-            if is_static:
-                num_keys = min(cache.max_length, math.ceil(num_keys / KEYS_AT_A_TIME) * KEYS_AT_A_TIME)
-            cache.keep(num_keys, row_slots=row_slots)
-            attention_mask = self._wide_mask(feed, own, starts, num_keys)
+        num_keys = max(start + fed for start, fed in zip(feed.starts, feed.num_fed, strict=True))
+        if is_static:
+            num_keys = min(cache.max_length, math.ceil(num_keys / KEYS_AT_A_TIME) * KEYS_AT_A_TIME)
+        device = self.model.device
+        rows = torch.arange(batch, device=device)[:, None]
+        cache.keep(num_keys, SlotPlaces(rows, (starts + own).to(device), batch))
+        logits = self._forward(
+            self.compiled_forward if is_static else self.model,
+            feed.input_ids.gather(1, own),
+            feed.position_ids.gather(1, own),
+            self._wide_mask(feed, own, starts, num_keys),
+            _slots_to_keep(feed, num_slots, is_static),
+        )
+        # A CUDA graph will write its next logits to the same place.
+        return _of_kept_slots(logits.clone() if is_static else logits, feed)
 
-        first_kept = torch.tensor([kept.start for kept in feed.kept])[:, None]
-        slots_to_keep = (first_kept + torch.arange(num_kept)).clamp(max=num_slots - 1)
-        forward = self.compiled_forward if is_static else self.model
-        logits = forward(
+    def _forward(
+        self,
+        forward: Callable,
+        input_ids: torch.LongTensor,
+        position_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | BlockMask | None,
+        slots_to_keep: torch.LongTensor,
+        **kwargs,
+    ) -> torch.FloatTensor:
+        """The logits of a forward, (batch, kept, vocab), from tensors of the host."""
+        device = self.model.device
+        input_ids, position_ids = torch.stack([input_ids, position_ids]).to(device)
+        return forward(
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=attention_mask,
-            past_key_values=cache,
+            past_key_values=self.cache,
             logits_to_keep=slots_to_keep.to(device),
+            **kwargs,
         ).logits
-        # A CUDA graph will write its next logits to the same place.
-        logits = logits.to(torch.float32, copy=is_static).flatten(0, 1)
-        num_kept_of_row = torch.tensor([len(kept) for kept in feed.kept])[:, None]
-        is_kept = (torch.arange(num_kept) < num_kept_of_row).flatten()
-        return logits if is_kept.all() else logits[is_kept.nonzero()[:, 0].to(device)]
 
     def _has_static_shape(self, num_slots: int) -> bool:
         cache = self.cache
@@ -227,6 +282,25 @@ class Decoder:
             return (key < horizon[row, query]) | ((first[row, query] <= key) & (key <= last[row, query]))
 
         return make_attention_mask(self.model.model.config, sees, *own.shape, num_keys, self.model.dtype, device)
+
+
+def _most_kept(feed: Feed) -> int:
+    return max(len(kept) for kept in feed.kept)
+
+
+def _slots_to_keep(feed: Feed, num_slots: int, is_static: bool = False) -> torch.LongTensor:
+    """(batch, kept), the slots whose logits are wanted; rows that want fewer have further ones behind."""
+    num_kept = _next_power_of_two(_most_kept(feed)) if is_static else _most_kept(feed)
+    first = torch.tensor([kept.start for kept in feed.kept])[:, None]
+    return (first + torch.arange(num_kept)).clamp(max=num_slots - 1)
+
+
+def _of_kept_slots(logits: torch.FloatTensor, feed: Feed) -> torch.FloatTensor:
+    """From (batch, kept, vocab) to (kept slots of all rows, vocab), in float32."""
+    num_kept = torch.tensor([len(kept) for kept in feed.kept])[:, None]
+    is_kept = (torch.arange(logits.shape[1]) < num_kept).flatten()
+    logits = logits.float().flatten(0, 1)
+    return logits if is_kept.all() else logits[is_kept.nonzero()[:, 0].to(logits.device)]
 
 
 def _rewind(cache: Cache | None, length: int) -> None:

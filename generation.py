@@ -1,6 +1,7 @@
 """Generation with an Eso-LM: `model.generate` as a decoding strategy of transformers' own `GenerationMixin`."""
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,15 +13,15 @@ from transformers.generation import GenerationMode
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
-from .cache import PreallocatedCache
+from .cache import CachedText, PreallocatedCache
 from .canvas import Canvas, StopWatcher, TextFeed
-from .decoding import Decoder, DecodingStrategy, TokenSampler
+from .decoding import KEYS_AT_A_TIME, Decoder, DecodingStrategy, TokenSampler
 from .generation_order import UNMASKING_ORDERS
 from .logits_process import for_slots
 from .lossless import DRAFT_LENGTHS, LosslessUnmasking
 from .sampling import Generators
 from .unmasking import ParallelUnmasking, UnmaskingSchedule, plan_rows
-from .validation import is_integer, is_number, require_shape, require_token_ids
+from .validation import is_integer, is_number, require_mask, require_token_ids, to_python
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
@@ -54,11 +55,14 @@ class EsoGenerationConfig(GenerationConfig):
     Args:
         alpha_0 (`float`, *optional*): Expected fraction of the new tokens that the diffusion phase decodes in
             parallel; the sequential phase decodes the others one by one, left to right. `None`: the model config's.
-        num_diffusion_steps (`int`, *optional*): T, the time steps of the diffusion phase. Steps that reveal nothing
-            cost no forward. `None`: as many as there are tokens to generate.
+        num_diffusion_steps (`int` or `str`, *optional*): T, the time steps of the diffusion phase. Steps that reveal
+            nothing cost no forward. `None`: as many as there are tokens to generate, of which some share a step;
+            "max": so many that no two tokens do, which is one token a forward.
         unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (the default; as in
-            training), "strided" (far apart from one another; a whole number of steps, so that with few of them and a
-            small `alpha_0` single runs are far from the expected fraction) or "left_to_right".
+            training), "strided" (far apart from one another, as many a stride as there are steps; without
+            `num_diffusion_steps`, strides of about the square root of the length, taken token by token) or
+            "left_to_right". The diffusion phase of a strided order has a whole number of strides, so that with few of
+            them and a small `alpha_0` single runs are far from the expected fraction.
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
             diffusion steps are shared among them. Generation stops with the block in which every row has ended.
             `None`: one block.
@@ -72,8 +76,11 @@ class EsoGenerationConfig(GenerationConfig):
         lossless (`bool`, *optional*, defaults to `False`): Whether tokens are only drafted in parallel, and kept or
             replaced so that the text is distributed exactly as if drawn one token a forward in the same order.
         draft_length (`int` or `str`, *optional*): Tokens of a draft, with `lossless` (unused where that is `False`);
-            "auto" or `None`: chosen for each row by what its drafts have met with. A strided order has so many tokens
-            a stride ("auto": 16), unless `num_diffusion_steps` says otherwise.
+            "auto" or `None`: chosen for each row by what its drafts have met with. The order does not depend on it.
+        lockstep (`bool`, *optional*, defaults to `False`): Whether the rows of a batch share the numbers of tokens of
+            their forwards. Each sample alone still follows the right distribution, but those of a call are no longer
+            independent of one another: a statistic over them has the error of far fewer. For measurements of speed,
+            and for `cache_implementation="dynamic"`, whose rows cannot advance apart.
         progress_bar (`bool`, *optional*, defaults to `False`): Whether to show how many tokens have been decoded.
         kwargs: The fields of [`GenerationConfig`]; `do_sample` defaults to `True` and `top_k` to no filter.
 
@@ -91,9 +98,12 @@ class EsoGenerationConfig(GenerationConfig):
         self.num_candidates = kwargs.pop("num_candidates", None)
         self.lossless = kwargs.pop("lossless", None)
         self.draft_length = kwargs.pop("draft_length", None)
+        self.lockstep = kwargs.pop("lockstep", None)
         self.progress_bar = kwargs.pop("progress_bar", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
+        for name, value in vars(self).items():
+            setattr(self, name, to_python(value))
 
     @classmethod
     def from_model_config(cls, model_config) -> "EsoGenerationConfig":
@@ -128,8 +138,10 @@ class EsoGenerationConfig(GenerationConfig):
                 raise ValueError(f"`{name}` must be None or a number in [{low}, {high}], got {value!r}.")
         for name in ("num_diffusion_steps", "block_length", "num_candidates"):
             value = getattr(self, name)
-            if value is not None and not (is_integer(value) and value >= 1):
-                raise ValueError(f"`{name}` must be None or a positive integer, got {value!r}.")
+            words = (None, "max") if name == "num_diffusion_steps" else (None,)
+            if value not in words and not (is_integer(value) and value >= 1):
+                also = ", 'max'" if "max" in words else ""
+                raise ValueError(f"`{name}` must be None{also} or a positive integer, got {value!r}.")
         if self.unmasking_order not in (None, *UNMASKING_ORDERS):
             raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
         criteria = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
@@ -141,8 +153,9 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`{criteria[0]}={getattr(self, criteria[0])}` is to find: set one of them (also in "
                 f"`model.generation_config`)."
             )
-        if not isinstance(self.lossless, bool | None):
-            raise ValueError(f"`lossless` must be a bool, got {self.lossless!r}.")
+        for name in ("lossless", "lockstep"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
         if self.draft_length not in (None, "auto") and not (is_integer(self.draft_length) and self.draft_length >= 1):
             raise ValueError(f"`draft_length` must be None, 'auto' or a positive integer, got {self.draft_length!r}.")
         if self.lossless and criteria:
@@ -150,6 +163,9 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`lossless` decides by itself how many tokens of a forward it keeps: unset `{criteria[0]}` (also in "
                 f"`model.generation_config`)."
             )
+        if self.lockstep and (self.lossless or criteria):
+            other = "lossless" if self.lossless else criteria[0]
+            raise ValueError(f"`{other}` lets each row advance by what it meets with: unset `lockstep`.")
         if self.draft_length is not None and self.lossless is None:
             raise ValueError(f"`draft_length={self.draft_length!r}` is for lossless decoding: set `lossless` too.")
         if self.num_candidates is not None and not criteria:
@@ -183,12 +199,16 @@ class EsoGenerateOutput(ModelOutput):
             the first end of text.
         num_function_evaluations: NFE, the number of forwards of the model.
         unmasking_steps: (batch, length); 0 = given (or padding), i = revealed by forward i.
+        orders: (batch, length), the generation order: the column of the token at each slot, those given first. With it
+            `log_likelihood(sequences, orders=orders[:, None], ...)` scores the text again.
         log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
             distribution before any filter; 0 where given (or padding).
         scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
             drawn, 0 where given (or padding).
         logits: (batch, length, vocab), with `output_logits=True`; the same before any filter.
         forwards_per_row: (batch,), with `lossless`; the forwards in which each row took part.
+        past_key_values: The cache, to be passed to a call that goes on with this text: `input_ids` are then the whole
+            text, what is cached and what is new. None without a cache, and with a "dynamic" one.
         drafts_offered, drafts_accepted: (batch,), with `lossless`; the drafts that were judged (the first token of a
             draft is exact and needs no judging; the others of a refused draft count as offered), and kept.
 
@@ -198,9 +218,11 @@ class EsoGenerateOutput(ModelOutput):
     sequences: torch.LongTensor
     num_function_evaluations: int | None = None
     unmasking_steps: torch.LongTensor | None = None
+    orders: torch.LongTensor | None = None
     log_probs: torch.FloatTensor | None = None
     scores: torch.FloatTensor | None = None
     logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
     forwards_per_row: torch.LongTensor | None = None
     drafts_offered: torch.LongTensor | None = None
     drafts_accepted: torch.LongTensor | None = None
@@ -225,6 +247,9 @@ class EsoGenerationMixin(GenerationMixin):
             generator: A `torch.Generator` for all draws in place of torch's global one; or a list with one for each
                 row (samples of a prompt follow one another), which then does not depend on its batch, but for the
                 rounding of floating-point numbers.
+            past_key_values: A cache of earlier turns of a chat: that of an [`EsoGenerateOutput`], or of a forward over
+                the first tokens of each row. `input_ids` are still the whole text; what is cached of it is not
+                computed again. The cache itself stays as it is.
             streamer: Gets text as soon as all to its left is known, and drafts if it has `put_draft`; one row only.
             logits_processor, stopping_criteria, ...: As in transformers. Processors get each slot as a row, with the
                 text known so far in text order. Criteria get the text known from the left, once for each token that
@@ -246,7 +271,7 @@ class EsoGenerationMixin(GenerationMixin):
             raise ValueError("`attention_mask` needs `input_ids`.")
         if prompts is not None:
             require_token_ids(name, prompts, self.config.vocab_size)
-            require_shape("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
+            require_mask("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
             prompts = prompts.long()
             if prompts.shape[1] == 0:
                 # transformers looks for padding at the end of each prompt: empty ones become samples of one.
@@ -288,6 +313,18 @@ class EsoGenerationMixin(GenerationMixin):
                 f"`prompt_lookup_num_tokens` and the like unset."
             )
 
+    def generate_batch(self, *args, **kwargs):
+        """Is not supported: transformers' continuous batching samples next tokens, from clean slots."""
+        raise _no_continuous_batching("generate_batch")
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Is not supported, as `generate_batch`."""
+        raise _no_continuous_batching("init_continuous_batching")
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """Is not supported, as `generate_batch`."""
+        raise _no_continuous_batching("continuous_batching_context_manager")
+
     def compute_transition_scores(self, *args, **kwargs):
         """Has no meaning here: the scores are not those of left-to-right steps."""
         raise ValueError(
@@ -301,6 +338,11 @@ class EsoGenerationMixin(GenerationMixin):
     def _validate_model_kwargs(self, model_kwargs):
         model_kwargs.pop("generator", None)
         super()._validate_model_kwargs(model_kwargs)
+        if model_kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "`generate` takes `input_ids`: holes, ends of text, logits processors and streamers go by the tokens, "
+                "which `inputs_embeds` do not show. `forward` takes embeddings."
+            )
         prepared = ("input_ids", "attention_mask", "past_key_values", "output_attentions", "output_hidden_states")
         unused = [name for name, value in model_kwargs.items() if value is not None and name not in prepared]
         if unused:
@@ -363,8 +405,6 @@ class EsoGenerationMixin(GenerationMixin):
         return inputs
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args):
-        if model_kwargs.get("past_key_values") is not None:
-            raise ValueError("`past_key_values` cannot be passed to `generate`: it makes its own cache.")
         if generation_config.cache_implementation not in (None, "static", "dynamic"):
             raise ValueError(
                 f"`cache_implementation` must be unset (preallocated), 'static' (the same, for compiled forwards) or "
@@ -378,10 +418,17 @@ class EsoGenerationMixin(GenerationMixin):
                 fixed = generation_config.draft_length not in (None, "auto")
                 longest = generation_config.draft_length if fixed else max(DRAFT_LENGTHS)
                 num_judging = max(min(longest, generation_config.max_length) - 1, 0)
-            model_kwargs["past_key_values"] = PreallocatedCache(
-                self.config.num_hidden_layers,
-                generation_config.max_length + num_judging,
-                is_compileable=generation_config.cache_implementation == "static",
+            max_length = generation_config.max_length + num_judging
+            is_static = generation_config.cache_implementation == "static"
+            if is_static:
+                # The keys of a step are a whole number of these, also of the last: their shapes are those of any text.
+                max_length = math.ceil(max_length / KEYS_AT_A_TIME) * KEYS_AT_A_TIME
+            model_kwargs["cache_to_go_on_from"] = model_kwargs.get("past_key_values")
+            model_kwargs["past_key_values"] = PreallocatedCache(self.config.num_hidden_layers, max_length, is_static)
+        elif model_kwargs.get("past_key_values") is not None:
+            raise ValueError(
+                "`past_key_values` can be gone on from with `use_cache` and without `cache_implementation='dynamic'` "
+                "only."
             )
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
@@ -397,6 +444,7 @@ class EsoGenerationMixin(GenerationMixin):
         generator: Generators = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache_to_go_on_from: Cache | None = None,
         **model_kwargs,
     ) -> EsoGenerateOutput | torch.LongTensor:
         """The decoding loop, called by `generate` in place of transformers' left-to-right one.
@@ -417,27 +465,33 @@ class EsoGenerationMixin(GenerationMixin):
         alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
         self._validate_settings(generation_config, is_left_to_right=alpha_0 == 0 and canvas.holds_prefixes())
         _check_generator(generator, canvas.batch)
+        if cache_to_go_on_from is not None and cache_to_go_on_from.get_seq_length() > 0:
+            _go_on_from(cache_to_go_on_from, past_key_values, canvas)
+        watcher = StopWatcher(stopping_criteria, canvas, self.device)
         sampler = TokenSampler(
-            for_slots(logits_processor), not generation_config.do_sample, generator, self.config.mask_token_id
+            for_slots(logits_processor, self.config.vocab_size),
+            not generation_config.do_sample,
+            generator,
+            self.config.mask_token_id,
         )
         strategy = _make_strategy(generation_config, canvas, sampler, alpha_0, use_cache=past_key_values is not None)
         if isinstance(past_key_values, DynamicCache) and canvas.batch > 1 and not strategy.in_lockstep:
             raise ValueError(
-                "`cache_implementation='dynamic'` needs rows that advance together: leave it unset for prompts of "
-                "different lengths or numbers of holes, a generator for each row, adaptive unmasking and `lossless`."
+                "`cache_implementation='dynamic'` needs rows that advance together: set `lockstep=True` (and see what "
+                "it costs), or leave `cache_implementation` unset. Prompts of different lengths or numbers of holes, "
+                "adaptive unmasking, `lossless` and a generator for each row always advance apart."
             )
         compiled_forward = None
         if self._valid_auto_compile_criteria({"past_key_values": past_key_values}, generation_config):
             compiled_forward = self.get_compiled_call(generation_config.compile_config)
         decoder = Decoder(self, past_key_values, compiled_forward)
-        watcher = StopWatcher(stopping_criteria, canvas, self.device)
         recorded = {
             name: torch.zeros(canvas.batch, canvas.length, self.config.vocab_size, device=self.device)
             for name in ("scores", "logits")
             if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}")
         }
-        num_forwards = 0
-        progress = tqdm(total=sum(canvas.num_open), unit="token", disable=not generation_config.progress_bar)
+        num_forwards, num_open = 0, sum(canvas.num_open)
+        progress = tqdm(total=num_open, unit="token", disable=not generation_config.progress_bar)
         decoding = ExitStack()
         try:
             decoding.enter_context(self.ready_to_decode())
@@ -457,6 +511,7 @@ class EsoGenerationMixin(GenerationMixin):
                 progress.update(len(decisions.rows))
                 if streamer is not None:
                     streamer.update()
+            progress.update(num_open - progress.n)  # a text that has ended leaves some undecided
         finally:
             decoding.close()
             progress.close()
@@ -472,6 +527,8 @@ class EsoGenerationMixin(GenerationMixin):
             num_function_evaluations=num_forwards,
             unmasking_steps=canvas.unmasking_steps.masked_fill(is_void, 0).to(self.device),
             log_probs=canvas.log_probs.masked_fill(is_void, 0).to(self.device),
+            orders=strategy.order.to(self.device),
+            past_key_values=_with_its_text(past_key_values, strategy, canvas),
             **{name: tensor.masked_fill_(is_void.to(self.device)[..., None], 0) for name, tensor in recorded.items()},
             **{name: torch.tensor(counts, device=self.device) for name, counts in strategy.statistics().items()},
         )
@@ -481,31 +538,73 @@ def _make_strategy(
     generation_config: EsoGenerationConfig, canvas: Canvas, sampler: TokenSampler, alpha_0: float, use_cache: bool
 ) -> DecodingStrategy:
     """How `generate` decides tokens: in parallel as planned, or adaptively, or without loss."""
-    num_candidates = None
-    if generation_config.is_adaptive:
-        num_candidates = generation_config.num_candidates or DEFAULT_NUM_CANDIDATES
-    if generation_config.lossless:
-        # A strided order then has so many tokens far apart before it comes back to their neighbours.
-        fixed = generation_config.draft_length not in (None, "auto")
-        num_candidates = generation_config.draft_length if fixed else DEFAULT_NUM_CANDIDATES
     plan = {
         "alpha_0": alpha_0,
         "num_steps": generation_config.num_diffusion_steps,
         "unmasking_order": generation_config.unmasking_order,
         "block_length": generation_config.block_length,
-        "num_candidates": num_candidates,
     }
     if generation_config.lossless:
-        order, _ = plan_rows(canvas, sampler.generator, **plan)
+        order, _ = plan_rows(canvas, sampler.generator, in_lockstep=False, **plan)
         return LosslessUnmasking(canvas, order, sampler, use_cache, generation_config.draft_length or "auto")
+    num_candidates = None
+    if generation_config.is_adaptive:
+        num_candidates = generation_config.num_candidates or DEFAULT_NUM_CANDIDATES
+    schedule = UnmaskingSchedule(canvas, sampler.generator, bool(generation_config.lockstep), num_candidates, **plan)
     return ParallelUnmasking(
         canvas,
-        UnmaskingSchedule(canvas, sampler.generator, **plan),
+        schedule,
         sampler,
         use_cache,
         generation_config.confidence_threshold,
         generation_config.entropy_bound,
     )
+
+
+def _go_on_from(given: Cache, cache: PreallocatedCache, canvas: Canvas) -> None:
+    """Has `cache` begin with what another one holds of the given tokens of the canvas.
+
+    Raises:
+        ValueError: when that is anything else.
+    """
+    if not all(getattr(layer, "keys", None) is not None for layer in given.layers):
+        raise ValueError(f"`past_key_values` must be a cache of keys and values, got {type(given).__name__}.")
+    text = getattr(given, "text", None)
+    length = given.get_seq_length() if text is None else max(text.lengths)
+    rows = len(given.layers[0].keys)
+    if canvas.batch % rows != 0 or length > canvas.prompt_length:
+        raise ValueError(
+            f"`past_key_values` holds {rows} rows of up to {length} tokens, which are not those of `input_ids`: "
+            f"{canvas.batch} rows (with the samples of each) of {canvas.prompt_length}. Pass the whole text as "
+            f"`input_ids`, what is cached and what is new."
+        )
+    if text is None:
+        # A cache of a plain forward holds the first tokens of each row.
+        if not canvas.is_real[:, :length].all():
+            raise ValueError("`past_key_values` of a forward must hold no padding, and `attention_mask` has some.")
+        text = CachedText(canvas.tokens[:rows, :length], torch.arange(length).expand(rows, -1), [length] * rows)
+    repeats = canvas.batch // rows
+    canvas.take_cached(
+        CachedText(
+            text.tokens.repeat_interleave(repeats, dim=0),
+            text.positions.repeat_interleave(repeats, dim=0),
+            [length for length in text.lengths for _ in range(repeats)],
+        )
+    )
+    cache.copy_from(given, length, repeats)
+
+
+def _with_its_text(cache: Cache | None, strategy: DecodingStrategy, canvas: Canvas) -> PreallocatedCache | None:
+    """The cache, of as many slots as a later call can go on from: those before the first that is not in the text."""
+    if not isinstance(cache, PreallocatedCache):
+        return None
+    is_void = canvas.is_void().gather(1, strategy.order)
+    before_void = (is_void.long().cumsum(dim=-1) == 0).sum(dim=-1).tolist()
+    lengths = [min(cached, count) for cached, count in zip(strategy.cached, before_void, strict=True)]
+    slots = strategy.order[:, : max(lengths)]
+    cache.text = CachedText(canvas.tokens.gather(1, slots), canvas.text_positions.gather(1, slots), lengths)
+    cache.keep(max(lengths))
+    return cache
 
 
 def _check_count(name: str, value: int | None) -> None:
@@ -523,6 +622,13 @@ def _check_generator(generator: Generators, batch: int) -> None:
             f"`generator` must hold one torch.Generator for each of the {batch} rows (with the samples of each "
             f"prompt), got {len(generator)}."
         )
+
+
+def _no_continuous_batching(name: str) -> ValueError:
+    return ValueError(
+        f"`{name}` samples next tokens, and an Eso-LM predicts the token at each slot: use `generate`, whose batches "
+        f"may be ragged."
+    )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import math
 import torch
 
 from .noise_schedule import sample_unmasking_counts
+from .validation import is_integer
 
 UNMASKING_ORDERS = ("random", "strided", "left_to_right")
 
@@ -17,10 +18,10 @@ def plan_generation(
     num_rows: int,
     num_tokens: int,
     alpha_0: float,
-    num_steps: int | None = None,
+    num_steps: int | str | None = None,
     unmasking_order: str = "random",
     block_length: int | None = None,
-    num_candidates: int | None = None,
+    is_adaptive: bool = False,
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, list[int]]:
     """Plans in which order the tokens are generated, and in which groups.
@@ -31,61 +32,68 @@ def plan_generation(
     Args:
         num_rows, num_tokens: Rows of the batch, and tokens to generate in each.
         alpha_0: Expected fraction of tokens of the diffusion phase, in [0, 1].
-        num_steps: Time steps of the diffusion phase, shared among the blocks in proportion; None: one a token.
+        num_steps: Time steps of the diffusion phase, shared among the blocks in proportion; None: one a token; "max":
+            so many that no two tokens share one.
         unmasking_order: Which tokens the diffusion phase takes. "random": uniform ones, as in training.
             "strided": in step i those congruent to π(i) modulo the number of steps, π random, so that tokens drawn in
-            parallel stand far apart. "left_to_right": the next ones.
+            parallel stand far apart; with no number of steps, they are as many as stand apart, and taken one by one.
+            "left_to_right": the next ones.
         block_length: Tokens of a block; None: one block.
-        num_candidates: Plans for adaptive unmasking, which looks at so many tokens a forward and decides there how
-            many to keep: the diffusion phase of a block becomes one group. None: a group a forward.
+        is_adaptive: Whether each forward decides how many tokens it keeps: the diffusion phase of a block becomes one
+            group. Otherwise a group a forward.
         generator: Source of randomness on the CPU; None: torch's global one.
 
     Returns:
         The order, (num_rows, num_tokens), each row a permutation; and the number of tokens of each group, shared by
-        the rows, of which every one alone follows the right distribution.
+        the rows. Every row alone follows the right distribution, but rows that share these numbers are not independent
+        of one another: for samples that are, plan each row by itself.
     """
     block_length = block_length or num_tokens
     orders, counts = [torch.empty(num_rows, 0, dtype=torch.long)], []
     for start in range(0, num_tokens, max(block_length, 1)):
         size = min(block_length, num_tokens - start)
-        if num_candidates is not None:
-            steps = math.ceil(size / num_candidates)
-        else:
-            steps = size if num_steps is None else max(1, round(num_steps * size / num_tokens))
+        steps = max(1, round(num_steps * size / num_tokens)) if is_integer(num_steps) else num_steps
         if unmasking_order == "strided":
-            order, diffusion_counts = _sample_strided_order(num_rows, size, min(steps, size), alpha_0, generator)
+            order, diffusion_counts = _sample_strided_order(num_rows, size, steps, alpha_0, generator)
         else:
-            diffusion_counts = sample_unmasking_counts(size, steps, alpha_0, generator)
+            diffusion_counts = sample_unmasking_counts(size, size if steps is None else steps, alpha_0, generator)
             num_shuffled = 0 if unmasking_order == "left_to_right" else sum(diffusion_counts)
             order = sample_generation_order(num_rows, size, num_shuffled, generator)
         orders.append(order + start)
         num_sequential = size - sum(diffusion_counts)
-        if num_candidates is not None and diffusion_counts:
+        if is_adaptive and diffusion_counts:
             diffusion_counts = [sum(diffusion_counts)]
         counts += diffusion_counts + [1] * num_sequential
     return torch.cat(orders, dim=-1), counts
 
 
 def _sample_strided_order(
-    num_rows: int, num_tokens: int, num_steps: int, alpha_0: float, generator: torch.Generator | None
+    num_rows: int, num_tokens: int, num_steps: int | str | None, alpha_0: float, generator: torch.Generator | None
 ) -> tuple[torch.Tensor, list[int]]:
-    """The strided order, (num_rows, num_tokens), and the number of tokens of each diffusion step.
+    """The strided order, (num_rows, num_tokens), and the number of tokens of each group of the diffusion phase.
 
-    The classes of positions modulo the number of steps differ in size by one at the most. All rows take a large class
-    in the same steps, so that they share the counts, and each draws which one.
+    The positions are taken class by class, modulo the number of classes. With a number of steps, each of them takes a
+    class. Without one, or with "max", a class has as many tokens as stand apart, and each token is a group: how many
+    are drawn in parallel, if not one, is then up to the way of decoding, and the order does not depend on it.
+
+    The classes differ in size by one at the most. All rows take a large class in the same steps, so that they share
+    the counts, and each draws which one.
     """
+    in_parallel = is_integer(num_steps)
+    num_classes = min(num_steps, num_tokens) if in_parallel else math.ceil(math.sqrt(num_tokens))
     # Rounded at random, so that the expected fraction of diffusion steps is α_0 whatever their number.
-    num_diffusion_steps = math.floor(alpha_0 * num_steps + float(torch.rand((), generator=generator)))
-    size, num_large = divmod(num_tokens, num_steps)
-    takes_large = torch.randperm(num_steps, generator=generator) < num_large
-    classes = torch.empty(num_rows, num_steps, dtype=torch.long)
+    num_diffusion_classes = math.floor(alpha_0 * num_classes + float(torch.rand((), generator=generator)))
+    size, num_large = divmod(num_tokens, num_classes)
+    takes_large = torch.randperm(num_classes, generator=generator) < num_large
+    classes = torch.empty(num_rows, num_classes, dtype=torch.long)
     classes[:, takes_large] = torch.rand(num_rows, num_large, generator=generator).argsort(dim=-1)
-    small = torch.rand(num_rows, num_steps - num_large, generator=generator).argsort(dim=-1) + num_large
+    small = torch.rand(num_rows, num_classes - num_large, generator=generator).argsort(dim=-1) + num_large
     classes[:, ~takes_large] = small
-    step_of_position = classes.argsort(dim=-1)[:, torch.arange(num_tokens) % num_steps]
-    # The classes of the other steps are left to the sequential phase together, left to right.
-    order = step_of_position.clamp(max=num_diffusion_steps).argsort(dim=-1, stable=True)
-    return order, [size + int(large) for large in takes_large[:num_diffusion_steps]]
+    turn_of_position = classes.argsort(dim=-1)[:, torch.arange(num_tokens) % num_classes]
+    # The classes of the other turns are left to the sequential phase together, left to right.
+    order = turn_of_position.clamp(max=num_diffusion_classes).argsort(dim=-1, stable=True)
+    counts = [size + int(large) for large in takes_large[:num_diffusion_classes]]
+    return order, counts if in_parallel else [1] * sum(counts)
 
 
 def sample_generation_order(
@@ -115,7 +123,8 @@ def sample_scoring_orders(
 ) -> torch.Tensor:
     """Draws orders in which `generate` might have written the free tokens of a text, after the given ones.
 
-    n ~ Binomial(free tokens, α_0) of the free tokens are shuffled, the others follow from left to right (DESIGN 1).
+    n ~ Binomial(free tokens, α_0) of the free tokens are shuffled, the others follow from left to right (arXiv
+    2506.01928, section 4).
 
     Args:
         is_real, is_given: (batch, length) bool; given tokens come first, from left to right, padding last.

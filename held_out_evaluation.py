@@ -58,7 +58,7 @@ class HeldOutEvaluationCallback(TrainerCallback):
         self.trainer, self.every, self.num_draws, self.seed = trainer, every, num_draws, seed
         self.tokenizer, self.num_samples = tokenizer, num_samples
         self.generation_settings = {"max_new_tokens": 64} | dict(generation_settings or {})
-        collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=-1, pad_token_id=0)
+        collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=-1, pad_token_id=0, alpha_0=1.0)
         self.input_ids, is_real, labels = collator.stack(list(dataset))
         self.is_real, self.is_given = is_real, labels == IGNORED_LABEL
         self.tokens = (self.is_real & ~self.is_given).sum(dim=-1)

@@ -15,7 +15,7 @@ from .decoding import Decoder, Feed
 from .generation_order import order_of_slots, order_probability, sample_scoring_orders, text_positions
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
 from .sampling import on_cpu
-from .validation import is_integer, is_number, require_shape, require_token_ids
+from .validation import is_integer, is_number, require_mask, require_token_ids
 
 MAX_ENUMERATED_TOKENS = 8
 """Free tokens up to which all orders are enumerated: 8! = 40,320."""
@@ -180,7 +180,7 @@ class EsoLikelihoodMixin:
         batch_size: int | None = None,
         memory_budget: int = 2**29,
     ) -> EsoNelboOutput:
-        """Estimates the NELBO, the sum of the diffusion and the sequential term (DESIGN 1), in nats per sequence.
+        """Estimates the NELBO, the sum of the diffusion and the sequential term, in nats per sequence.
 
         Every draw takes a time t and a masked text for each term. The times are stratified over all rows and draws.
 
@@ -258,7 +258,7 @@ class EsoLikelihoodMixin:
                 f"has no embeddings for later positions."
             )
         for name, mask in (("attention_mask", attention_mask), ("context_mask", context_mask)):
-            require_shape(name, mask, tuple(input_ids.shape))
+            require_mask(name, mask, tuple(input_ids.shape))
         shape = input_ids.shape
         is_real = torch.ones(shape, dtype=torch.bool) if attention_mask is None else attention_mask.cpu().bool()
         is_given = torch.zeros(shape, dtype=torch.bool) if context_mask is None else context_mask.cpu().bool()
@@ -301,7 +301,8 @@ class EsoLikelihoodMixin:
         if not is_number(memory_budget) or not memory_budget > 0:
             raise ValueError(f"`memory_budget` must be a positive number of bytes, got {memory_budget!r}.")
         pairs, slots = input_ids.shape
-        values, is_greedy = torch.zeros(input_ids.shape), torch.ones(input_ids.shape, dtype=torch.bool)
+        values = torch.zeros(input_ids.shape, dtype=torch.float32)
+        is_greedy = torch.ones(input_ids.shape, dtype=torch.bool)
         if batch_size is None:
             batch_size = max(1, int(memory_budget // max(self._bytes_per_pair(slots, chunk_length), 1)))
         score = self._score_batch if chunk_length is None else partial(self._score_chunks, chunk_length=chunk_length)

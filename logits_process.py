@@ -5,6 +5,7 @@ with every slot as a row and the text known so far as its `input_ids`. Those tha
 text are replaced by the ones here, which know where in the text a slot stands; left to right, both do the same.
 """
 
+import itertools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
@@ -150,12 +151,16 @@ def _others(text: list[int], place: int, offset: int, size: int) -> tuple[int, .
     return (*text[start:place], *text[place + 1 : start + size])
 
 
-def for_slots(logits_processor: LogitsProcessorList) -> list[LogitsProcessor | SlotProcessor]:
-    """Replaces the processors that speak of neighbours or places in the text by their counterparts for slots."""
-    return [_for_slots(processor) for processor in logits_processor]
+def for_slots(logits_processor: LogitsProcessorList, vocab_size: int) -> list[LogitsProcessor | SlotProcessor]:
+    """Replaces the processors that speak of neighbours or places in the text by their counterparts for slots.
+
+    Raises:
+        ValueError: for ids that are not in the vocabulary.
+    """
+    return [_for_slots(processor, vocab_size) for processor in logits_processor]
 
 
-def _for_slots(processor: LogitsProcessor) -> LogitsProcessor | SlotProcessor:
+def _for_slots(processor: LogitsProcessor, vocab_size: int) -> LogitsProcessor | SlotProcessor:
     # Exactly these classes: what others have made of them is theirs.
     kind = type(processor)
     if kind is standard.RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, torch.Tensor):
@@ -164,7 +169,13 @@ def _for_slots(processor: LogitsProcessor) -> LogitsProcessor | SlotProcessor:
     if kind is standard.NoRepeatNGramLogitsProcessor:
         return NoRepeatedNGram(processor.ngram_size)
     if kind in (standard.SequenceBiasLogitsProcessor, standard.NoBadWordsLogitsProcessor):
-        return PhraseBias(dict(processor.sequence_bias))
+        phrases = dict(processor.sequence_bias)
+        for token_id in itertools.chain(*phrases):
+            if not 0 <= token_id < vocab_size:
+                raise ValueError(
+                    f"`bad_words_ids` and `sequence_bias` must hold ids in [0, {vocab_size - 1}], got {token_id}."
+                )
+        return PhraseBias(phrases)
     if kind is standard.MinLengthLogitsProcessor:
         return MinimumLength(processor.min_length, processor.eos_token_id)
     if kind is standard.MinNewTokensLengthLogitsProcessor:

@@ -101,8 +101,9 @@ class LosslessUnmasking(DecodingStrategy):
     ):
         self.canvas, self.order, self.sampler, self.use_cache = canvas, order, sampler, use_cache
         self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
-        self.decided = list(canvas.num_given)  # slots in front whose tokens are known
-        self.cached = [0] * canvas.batch  # slots in front whose keys and values are cached
+        # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
+        self.decided = list(canvas.num_given)
+        self.cached = [len(columns) for columns in canvas.cached_columns]
         self.draft_lengths = [DraftLength(draft_length) for _ in range(canvas.batch)]
         # Of each row, the drafted tokens of the slots behind the decided ones, and q, (drafts, vocab), of each.
         self.drafts: list[list[int]] = [[] for _ in range(canvas.batch)]

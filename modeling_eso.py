@@ -10,6 +10,8 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .attention_mask import make_attention_mask
 from .backbone import (
+    GROUPED_SDPA,
     grouped_attention,
     learned_positions,
     make_backbone,
@@ -45,10 +48,15 @@ from .generation_order import order_of_slots, text_positions
 from .likelihood import EsoLikelihoodMixin
 from .linear import MAX_DECODED_SLOTS, fast_products_of_few_rows
 from .model_card import TAGS, write_model_card
-from .validation import is_integer, require_shape
+from .packed_rows import attend_packed
+from .validation import is_integer, require_ids_of_vocabulary, require_shape, require_zeros_and_ones
 
 MAX_QUERIES_TRANSPOSED = 16
 """Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
+
+BACKBONE_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {"packed_rows", "token_type_ids"}
+"""What `EsoModel.forward` takes beside its named arguments: transformers' own, rows of a decoding step that stand one
+behind the other, and what tokenizers of BERT's kind add to every text."""
 
 
 class EsoTimestepEmbedding(nn.Module):
@@ -66,10 +74,11 @@ class EsoTimestepEmbedding(nn.Module):
         self.out_proj = nn.Linear(config.cond_dim, config.cond_dim)
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
-        """The vector, of the type and in the place of `like`; those of the layers' own weights may be quantised."""
-        sinusoid = torch.zeros(1, self.sinusoid_width, dtype=like.dtype, device=like.device)
+        """The vector, of the type of `like`."""
+        weight = self.in_proj.weight
+        sinusoid = torch.zeros(1, self.sinusoid_width, dtype=weight.dtype, device=weight.device)
         sinusoid[:, : self.sinusoid_width // 2] = 1
-        return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))[0]
+        return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))[0].to(like.dtype)
 
 
 class EsoRotaryEmbedding(LlamaRotaryEmbedding):
@@ -183,8 +192,11 @@ class EsoAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
 
-        implementation = _implementation_for(self.config, attention_mask, num_keys=key.shape[-2])
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        if kwargs.get("packed_rows") is not None:
+            attention_interface: Callable = partial(attend_packed, ALL_ATTENTION_FUNCTIONS["sdpa"])
+        else:
+            implementation = _implementation_for(self.config, attention_mask, num_keys=key.shape[-2])
+            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         attention_output, attention_weights = attention_interface(
             self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
@@ -298,6 +310,10 @@ class EsoPreTrainedModel(PreTrainedModel):
 class EsoModel(EsoPreTrainedModel):
     """The backbone: from tokens in generation order to hidden states after the final, modulated norm."""
 
+    # Nor are these quantised: a constant goes in, and kernels of 4-bit layers take that for an inference without
+    # gradients. There is nothing to save either.
+    _keep_in_fp32_modules = ["timestep_embedding.in_proj", "timestep_embedding.out_proj"]
+
     def __init__(self, config: EsoConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -334,8 +350,17 @@ class EsoModel(EsoPreTrainedModel):
         Returns:
             `last_hidden_state` (batch, slots, hidden) after the final norm, `past_key_values`; `hidden_states` and
             `attentions` with `output_hidden_states=True` and `output_attentions=True` (eager attention).
+
+        Raises:
+            ValueError: for arguments that it has no use for, such as those of a loss.
         """
         _require_exactly_one(input_ids, inputs_embeds)
+        unknown = sorted(set(kwargs) - BACKBONE_KEYWORDS)
+        if unknown:
+            raise ValueError(
+                f"The backbone has no use for the arguments {unknown}: the loss of an Eso-LM is that of "
+                f"`EsoForMaskedDiffusion.forward`, and what calls the backbone for another trains something else."
+            )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -398,7 +423,17 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             self._tied_weights_keys = {"lm_head.weight": f"model.{_name_of_embedding(self.model)}"}
         # The states that a decoder gives are as wide as the embeddings that it takes, if not as those in between.
         self.lm_head = nn.Linear(self.get_input_embeddings().embedding_dim, config.vocab_size)
+        self.is_ready_to_decode = False
         self.post_init()
+
+    def __setattr__(self, name: str, value) -> None:
+        # TRL's trainers put a forward of their own in place of the model's, which calls the backbone itself.
+        if name == "forward" and "fused_lm_head" in signature(value, follow_wrapped=False).parameters:
+            raise ValueError(
+                "TRL's trainers score the next token, by a forward of their own, and an Eso-LM predicts the token at "
+                "each slot: train with transformers' `Trainer` and `DataCollatorForHybridMaskedDiffusion`."
+            )
+        super().__setattr__(name, value)
 
     def _init_weights(self, module: nn.Module):
         super()._init_weights(module)
@@ -541,6 +576,10 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         if input_ids is not None and input_ids.dim() != 2:
             raise ValueError(f"`input_ids` must have the shape (batch, slots), got {tuple(input_ids.shape)}.")
         tokens = input_ids if input_ids is not None else inputs_embeds
+        if tokens.numel() == 0:
+            raise ValueError(f"The input must hold at least one slot, got shape {tuple(tokens.shape)}.")
+        if input_ids is not None and not self.is_ready_to_decode:
+            require_ids_of_vocabulary("input_ids", input_ids, self.config.vocab_size)
         if position_ids is not None:
             if position_ids.shape[-1] != tokens.shape[1]:
                 raise ValueError(
@@ -554,25 +593,35 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
                 "when `label_smoothing_factor` is not 0)."
             )
         batch, slots = tokens.shape[:2]
+        if inputs_embeds is not None and loss_weights is not None and loss_weights.shape[1] < slots:
+            raise ValueError(
+                f"`loss_weights` are those of {loss_weights.shape[1]} slots, and `inputs_embeds` has {slots}: PEFT's "
+                f"prompt tuning puts slots in front and drops `position_ids`, the generation order. LoRA and its kin "
+                f"work."
+            )
         require_shape("labels", labels, (batch, slots))
         require_shape("loss_weights", loss_weights, (batch, slots))
         require_shape("sequential_rows", sequential_rows, (batch,))
-        if _is_padding_mask(attention_mask) and past_key_values is None:
-            require_shape("attention_mask", attention_mask, (batch, slots))
+        if _is_padding_mask(attention_mask):
+            if past_key_values is None:
+                require_shape("attention_mask", attention_mask, (batch, slots))
+            require_zeros_and_ones("attention_mask", attention_mask)
 
-        order = None
         in_text_order = position_ids is None and past_key_values is None and not use_cache
-        if in_text_order and (attention_mask is None or _is_padding_mask(attention_mask)):
-            order, position_ids = self._clean_first_order(input_ids, inputs_embeds, attention_mask)
-            input_ids, inputs_embeds, labels, loss_weights = (
-                None if tensor is None else _take_slots(tensor, order)
-                for tensor in (input_ids, inputs_embeds, labels, loss_weights)
-            )
-            attention_mask = None  # padding is last: no slot that counts can see it
-
+        in_text_order = in_text_order and (attention_mask is None or _is_padding_mask(attention_mask))
         if labels is not None:
             if past_key_values is not None or use_cache:
-                raise ValueError("`labels` ask for a training loss, which takes no cache: drop `past_key_values`.")
+                raise ValueError(
+                    "`labels` ask for a training loss, which takes no cache: drop `past_key_values`. (PEFT's prefix "
+                    "tuning passes one; LoRA and its kin work.)"
+                )
+            if in_text_order:
+                order, position_ids = self._clean_first_order(input_ids, inputs_embeds, attention_mask)
+                input_ids, inputs_embeds, labels, loss_weights = (
+                    None if tensor is None else _take_slots(tensor, order)
+                    for tensor in (input_ids, inputs_embeds, labels, loss_weights)
+                )
+                attention_mask = None  # padding is last: no slot that counts can see it
             num_items_in_batch = kwargs.pop("num_items_in_batch", None)
             loss = self._hybrid_loss(
                 input_ids,
@@ -587,6 +636,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             )
             return CausalLMOutputWithPast(loss=loss)
 
+        if in_text_order:
+            position_ids, attention_mask = self._clean_first_mask(input_ids, inputs_embeds, attention_mask)
         outputs = self._run_backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -596,21 +647,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             use_cache=use_cache,
             **kwargs,
         )
-        last_hidden_state, hidden_states, attentions = (
-            outputs.last_hidden_state,
-            outputs.hidden_states,
-            outputs.attentions,
-        )
-        if order is not None:
-            slot_of_text = order.argsort(dim=-1)
-            last_hidden_state = _take_slots(last_hidden_state, slot_of_text)
-            if hidden_states is not None:
-                hidden_states = tuple(_take_slots(states, slot_of_text) for states in hidden_states)
-            if attentions is not None:
-                attentions = tuple(
-                    None if weights is None else _take_slot_pairs(weights, slot_of_text) for weights in attentions
-                )
-
+        last_hidden_state = outputs.last_hidden_state
         if isinstance(logits_to_keep, int):
             last_hidden_state = last_hidden_state[:, -logits_to_keep:] if logits_to_keep else last_hidden_state
         elif logits_to_keep.dim() == 2:
@@ -620,8 +657,8 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         return CausalLMOutputWithPast(
             logits=self._logits(last_hidden_state),
             past_key_values=outputs.past_key_values,
-            hidden_states=hidden_states,
-            attentions=attentions,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     @property
@@ -630,7 +667,16 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         return None if self.config.backbone_config is None else learned_positions(self.model)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
-        """As on every model of transformers; the mask keeps its id."""
+        """As on every model of transformers; the mask keeps its id.
+
+        Raises:
+            ValueError: for a size that would cut the mask off.
+        """
+        if new_num_tokens is not None and new_num_tokens <= self.config.mask_token_id:
+            raise ValueError(
+                f"`new_num_tokens={new_num_tokens}` would cut off the mask, whose id is {self.config.mask_token_id}: "
+                f"it must be larger than that."
+            )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.model.config.vocab_size = self.config.vocab_size
         return embeddings
@@ -647,41 +693,74 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
 
         Every shift, scale and gate is computed once, and products of few rows run at the speed of memory on the CPU.
         """
+        if self.is_ready_to_decode:
+            yield
+            return
         modulations = [module for module in self.modules() if isinstance(module, EsoModulation)]
         for modulation in modulations:
             modulation.folded = modulation(self.model.timestep_embedding(self.model.norm.weight))
+        self.is_ready_to_decode = True
         try:
             with fast_products_of_few_rows(self), self._fast_attention():
                 yield
         finally:
+            self.is_ready_to_decode = False
             for modulation in modulations:
                 modulation.folded = None
 
     def _fast_attention(self) -> AbstractContextManager:
         return nullcontext() if self.config.backbone_config is None else grouped_attention(self.model)
 
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Whether the attention can tell rows apart that stand one behind the other, while `ready_to_decode`."""
+        implementation = self.model.config._attn_implementation
+        if self.config.backbone_config is None:
+            return implementation != "flex_attention"
+        return implementation == GROUPED_SDPA
+
     def _logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = self.lm_head(hidden_states)
+        if logits.requires_grad:
+            # What is written into may be a view that autograd has to keep: tensor parallelism gathers such ones.
+            vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+            return logits.masked_fill(vocabulary == self.config.mask_token_id, -torch.inf)
         logits[..., self.config.mask_token_id] = -torch.inf
         return logits
 
-    def _clean_first_order(
+    def _clean_masked_padding(
         self,
         input_ids: torch.LongTensor | None,
         inputs_embeds: torch.FloatTensor | None,
         attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """The order clean, masked, padding, each left to right, and the text positions in it: (batch, slots) each."""
+    ) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """Of each slot in text order, 0 clean, 1 masked, 2 padding; and whether it is real: (batch, slots) each."""
         tokens = input_ids if input_ids is not None else inputs_embeds
-        batch, slots = tokens.shape[:2]
-        group = torch.zeros(batch, slots, dtype=torch.long, device=tokens.device)
+        group = torch.zeros(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         if input_ids is not None:
-            group[input_ids == self.config.mask_token_id] = 1
+            group = group.masked_fill(input_ids == self.config.mask_token_id, 1)
         is_real = torch.ones_like(group, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        group[~is_real] = 2
-        rank = torch.arange(slots, dtype=torch.float64, device=tokens.device).expand(batch, slots)
+        return group.masked_fill(~is_real, 2), is_real
+
+    def _clean_first_order(self, *tokens_and_mask) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """The order clean, masked, padding, each left to right, and the text positions in it: (batch, slots) each."""
+        group, is_real = self._clean_masked_padding(*tokens_and_mask)
+        rank = torch.arange(group.shape[1], dtype=torch.float64, device=group.device).expand(group.shape)
         order = order_of_slots(group, rank)
         return order, text_positions(is_real).gather(1, order)
+
+    def _clean_first_mask(self, *tokens_and_mask) -> tuple[torch.LongTensor, torch.Tensor | BlockMask]:
+        """Text positions, (batch, slots), and a mask that has slots in text order see what they do in that order."""
+        group, is_real = self._clean_masked_padding(*tokens_and_mask)
+
+        def sees(batch_index, head_index, query_index, key_index):
+            of_query, of_key = group[batch_index, query_index], group[batch_index, key_index]
+            return (of_key < of_query) | ((of_key == of_query) & (key_index <= query_index))
+
+        mask = make_attention_mask(
+            self.model.config, sees, *group.shape, group.shape[1], self.model.dtype, group.device
+        )
+        return text_positions(is_real), mask
 
     # Which slots count is data: to torch.compile this is a frame to leave alone, around a backbone to compile.
     @torch.compiler.disable(recursive=False)
@@ -697,12 +776,24 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         num_items_in_batch: torch.Tensor | int | None,
         **kwargs,
     ) -> torch.Tensor:
-        """Weighted cross entropy of a batch whose rows are in the diffusion or in the sequential phase (DESIGN 1)."""
+        """Weighted cross entropy of a batch whose rows are in the diffusion or in the sequential phase."""
         if loss_weights is None:
             if input_ids is None:
                 raise ValueError("`loss_weights` must be given with `inputs_embeds`, which do not show the masks.")
             loss_weights = (input_ids == self.config.mask_token_id).float()
+            if not loss_weights[labels != -100].any():
+                raise ValueError(
+                    "`labels` are given for slots that hold no mask, so that there is nothing to predict: take "
+                    "`DataCollatorForHybridMaskedDiffusion`, which masks the tokens and weighs the loss."
+                )
         loss_weights = loss_weights.masked_fill(labels == -100, 0)
+        is_label = labels != -100
+        require_ids_of_vocabulary("labels", labels[is_label], self.config.vocab_size)
+        if (labels[is_label] == self.config.mask_token_id).any():
+            raise ValueError(
+                f"`labels` must be clean tokens, or -100, and hold the mask id {self.config.mask_token_id}, which has "
+                f"no probability."
+            )
         states, rows, slots = self._states_at(
             loss_weights != 0,
             input_ids,
@@ -898,12 +989,6 @@ def _take_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Ten
 def _take_slots(tensor: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:
     """Rearranges dimension 1 of `tensor` (batch, slots, ...) row by row."""
     return tensor[torch.arange(len(slots), device=slots.device)[:, None], slots]
-
-
-def _take_slot_pairs(weights: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:
-    """Rearranges both slot dimensions of attention weights (batch, heads, slots, slots)."""
-    rows = torch.arange(len(slots), device=slots.device)[:, None, None]
-    return weights.transpose(1, 3)[rows, slots[:, :, None], slots[:, None, :]].permute(0, 3, 2, 1)
 
 
 EsoModel.register_for_auto_class("AutoModel")

@@ -33,7 +33,7 @@ def sample_times(num_rows: int, generator: torch.Generator | None = None) -> tor
 
 
 def sample_unmasking_counts(
-    num_tokens: int, num_steps: int, alpha_0: float, generator: torch.Generator | None = None
+    num_tokens: int, num_steps: int | str, alpha_0: float, generator: torch.Generator | None = None
 ) -> list[int]:
     """Draws how many tokens each step of the ancestral diffusion phase reveals.
 
@@ -43,7 +43,7 @@ def sample_unmasking_counts(
 
     Args:
         num_tokens: Tokens to generate.
-        num_steps: T, the number of time steps from t = 1 to t = 0.
+        num_steps: T, the number of time steps from t = 1 to t = 0; "max": so many that no two tokens share one.
         alpha_0: Expected fraction of tokens revealed in this phase, in [0, 1].
         generator: Source of randomness on the CPU; None: torch's global one.
 
@@ -55,6 +55,8 @@ def sample_unmasking_counts(
         return []
     alpha_1 = alpha_0 * EPSILON
     level = alpha_1 + (1 - alpha_1) * torch.rand(num_tokens, dtype=torch.float64, generator=generator)
+    if num_steps == "max":
+        return [1] * int((level < alpha_0).sum())
     elapsed = (level[level < alpha_0] / alpha_0 - EPSILON) / (1 - EPSILON)  # 1 - t, in [0, 1)
     steps = (elapsed * num_steps).floor().clamp(0, num_steps - 1)
     return steps.unique(return_counts=True)[1].tolist()

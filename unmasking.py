@@ -11,32 +11,49 @@ from .generation_order import order_of_slots, plan_generation
 from .sampling import Generators, draw_tokens, on_cpu, select_tokens
 
 
-def plan_rows(canvas: Canvas, generator: Generators, **plan) -> tuple[torch.LongTensor, list[list[int]]]:
+def plan_rows(
+    canvas: Canvas, generator: Generators, in_lockstep: bool, **plan
+) -> tuple[torch.LongTensor, list[list[int]]]:
     """Plans in which order, and in which groups, the open columns of every row are filled in.
 
     Args:
-        canvas: The text. In generation order stand its given tokens, then the open ones, then padding.
+        canvas: The text. In generation order stand its given tokens (those that are cached first), then the open ones,
+            then padding.
         generator: Source of randomness; None: torch's global one; a list: one for each row.
+        in_lockstep: Whether rows share the numbers of tokens of their groups; otherwise each has a plan of its own.
         plan: The arguments of `plan_generation`.
 
     Returns:
         The order, (batch, length), the column of the token at each slot; and of each row the slots at which its groups
         end, ascending.
+
+    Raises:
+        ValueError: for rows that cannot advance in lockstep.
     """
     columns = torch.arange(canvas.length, dtype=torch.float64).expand(canvas.batch, -1)
-    order_of_rows = order_of_slots(torch.where(canvas.is_open, 1, torch.where(canvas.is_real, 0, 2)), columns)
-    rows_are_alike = len(set(zip(canvas.num_given, canvas.num_open, strict=True))) == 1
-    if rows_are_alike and not isinstance(generator, list):
-        orders, counts = plan_generation(canvas.batch, canvas.num_open[0], generator=on_cpu(generator), **plan)
+    group = torch.where(canvas.is_open, 2, torch.where(canvas.is_real, 1, 3))
+    rank = columns.clone()
+    for row, cached in enumerate(canvas.cached_columns):
+        group[row, cached] = 0
+        rank[row, cached] = torch.arange(len(cached), dtype=torch.float64)
+    order_of_rows = order_of_slots(group, rank)
+    num_cached, num_open = [len(cached) for cached in canvas.cached_columns], canvas.num_open
+    if in_lockstep:
+        if isinstance(generator, list) or len(set(zip(num_cached, canvas.num_given, num_open, strict=True))) > 1:
+            raise ValueError(
+                "`lockstep=True` is for rows that are alike: with as many given tokens and holes, and without a "
+                "generator for each. Leave it unset."
+            )
+        orders, counts = plan_generation(canvas.batch, num_open[0], generator=on_cpu(generator), **plan)
         plans = [(order, counts) for order in orders]
     else:
-        generators = generator if isinstance(generator, list) else [generator] * canvas.batch
-        rows = zip(canvas.num_open, generators, strict=True)
-        planned = (plan_generation(1, num_open, generator=on_cpu(source), **plan) for num_open, source in rows)
+        generators = generator if isinstance(generator, list) else [on_cpu(generator)] * canvas.batch
+        rows = zip(num_open, generators, strict=True)
+        planned = (plan_generation(1, count, generator=on_cpu(source), **plan) for count, source in rows)
         plans = [(orders[0], counts) for orders, counts in planned]
     group_ends = []
     for row, (order, counts) in enumerate(plans):
-        start, stop = canvas.num_given[row], canvas.num_given[row] + canvas.num_open[row]
+        start, stop = canvas.num_given[row], canvas.num_given[row] + num_open[row]
         order_of_rows[row, start:stop] = order_of_rows[row, start:stop][order]
         group_ends.append(list(accumulate(counts, initial=start))[1:])
     return order_of_rows, group_ends
@@ -47,23 +64,38 @@ class UnmaskingSchedule:
 
     Args:
         canvas: The text to fill in.
-        generator: As for `plan_rows`.
+        generator, in_lockstep: As for `plan_rows`.
         num_candidates: Masks a forward of adaptive unmasking; None: not adaptive, a forward a group of the plan.
         unmasking_order, plan: The arguments of `plan_generation`.
     """
 
     def __init__(
-        self, canvas: Canvas, generator: Generators, num_candidates: int | None, unmasking_order: str, **plan
+        self,
+        canvas: Canvas,
+        generator: Generators,
+        in_lockstep: bool,
+        num_candidates: int | None,
+        unmasking_order: str,
+        **plan,
     ):
         self.num_candidates = num_candidates
         # What is tried in vain waits until the others of its group have been tried, unless text is to grow in order.
         self.requeues = unmasking_order != "left_to_right"
         self.order, self.group_ends = plan_rows(
-            canvas, generator, num_candidates=num_candidates, unmasking_order=unmasking_order, **plan
+            canvas,
+            generator,
+            in_lockstep,
+            is_adaptive=num_candidates is not None,
+            unmasking_order=unmasking_order,
+            **plan,
         )
-        self.decided = list(canvas.num_given)  # slots in front whose tokens are known
-        self.cached = [0] * canvas.batch  # slots in front whose keys and values are cached
-        self.in_lockstep = num_candidates is None and len({(*ends,) for ends in self.group_ends}) == 1
+        # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
+        self.decided = list(canvas.num_given)
+        self.cached = [len(columns) for columns in canvas.cached_columns]
+        # Of rows that are alike the plans may agree by themselves: one token a forward, or a single row.
+        rows = zip(self.cached, canvas.num_given, self.group_ends, strict=True)
+        plans = {(cached, given, *ends) for cached, given, ends in rows}
+        self.in_lockstep = num_candidates is None and len(plans) == 1
 
     def next_widths(self, is_idle: list[bool]) -> list[int]:
         """The number of masks that each row feeds to the next forward; none if it is idle."""
@@ -123,6 +155,7 @@ class ParallelUnmasking(DecodingStrategy):
         self.canvas, self.schedule, self.sampler, self.use_cache = canvas, schedule, sampler, use_cache
         self.confidence_threshold, self.entropy_bound = confidence_threshold, entropy_bound
         self.in_lockstep = schedule.in_lockstep
+        self.order, self.cached = schedule.order, schedule.cached
         self.widths = []
 
     def next_feed(self) -> Feed:

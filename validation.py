@@ -1,16 +1,23 @@
 """Checks of arguments, with errors that name the argument, the value and what would be right."""
 
+from numbers import Integral, Real
+
 import torch
 
 
 def is_integer(value) -> bool:
-    """Whether `value` is an integer, True and False not among them."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether `value` is an integer, of Python or numpy, True and False not among them."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def is_number(value) -> bool:
-    """Whether `value` is a real number, True and False not among them."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Whether `value` is a real number, of Python or numpy, True and False not among them."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def to_python(value):
+    """A number of numpy as Python's, which JSON can hold; anything else as it is."""
+    return value.item() if is_number(value) and hasattr(value, "item") else value
 
 
 def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -27,9 +34,42 @@ def require_token_ids(name: str, token_ids, vocab_size: int) -> None:
     if not isinstance(token_ids, torch.Tensor) or token_ids.dim() != 2 or len(token_ids) == 0:
         given = tuple(token_ids.shape) if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
         raise ValueError(f"`{name}` must be a tensor of shape (batch, tokens), got {given}.")
+    require_ids_of_vocabulary(name, token_ids, vocab_size)
+
+
+def require_ids_of_vocabulary(name: str, token_ids: torch.Tensor, vocab_size: int) -> None:
+    """Raises a ValueError unless `token_ids`, of any shape, are ids of the vocabulary.
+
+    Compiled code, and tensors without data, are let pass: there is nothing to look at.
+    """
     if token_ids.is_floating_point() or token_ids.dtype == torch.bool:
         raise ValueError(f"`{name}` must hold integer ids, got {token_ids.dtype}.")
-    if token_ids.numel() > 0 and not 0 <= token_ids.min() <= token_ids.max() < vocab_size:
+    if token_ids.numel() == 0 or not _has_values(token_ids):
+        return
+    low, high = token_ids.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"`{name}` must hold ids in [0, {vocab_size - 1}], got ids from {low} to {high}.")
+
+
+def require_zeros_and_ones(name: str, mask: torch.Tensor) -> None:
+    """Raises a ValueError unless `mask` is 1 (real) or 0 (padding) everywhere.
+
+    An additive mask, 0 where a token is real, would mean the opposite.
+    """
+    if mask.dtype != torch.bool and _has_values(mask) and not ((mask == 0) | (mask == 1)).all():
+        other = mask[(mask != 0) & (mask != 1)].flatten()[0]
         raise ValueError(
-            f"`{name}` must hold ids in [0, {vocab_size - 1}], got ids from {token_ids.min()} to {token_ids.max()}."
+            f"`{name}` must be 1 at real tokens and 0 elsewhere, got {float(other):g}: an additive mask, or weights, "
+            f"mean something else."
         )
+
+
+def require_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raises a ValueError unless `mask` is None, or of the given shape and 0 or 1 everywhere."""
+    require_shape(name, mask, shape)
+    if mask is not None:
+        require_zeros_and_ones(name, mask)
+
+
+def _has_values(tensor: torch.Tensor) -> bool:
+    return tensor.device.type != "meta" and not torch.compiler.is_compiling()

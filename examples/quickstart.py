@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
         f"{args.length * len(held_out_blocks):,} held out; {model.num_parameters():,} parameters"
     )
 
-    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, alpha_0=args.alpha_0)
+    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, config=config)
     training = TrainingArguments(
         output_dir=str(args.output),
         max_steps=args.max_steps,

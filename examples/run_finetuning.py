@@ -84,7 +84,7 @@ def main(arguments: Arguments, training: FinetuningArguments) -> None:
         None if name is None else load_examples(name, tokenizer, length)
         for name in (arguments.train_file, arguments.held_out_file)
     )
-    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, alpha_0=model.config.alpha_0)
+    collator = DataCollatorForHybridMaskedDiffusion(tokenizer, config=model.config)
     trainer = Trainer(model, training, data_collator=collator, train_dataset=data, processing_class=tokenizer)
     trainer.add_callback(NoiseByEpoch(collator, training.seed))
     if held_out is not None:
@@ -172,24 +172,51 @@ def encode_completion(row: dict[str, str], tokenizer: PreTrainedTokenizerBase) -
 
 
 def encode_chat(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Tokens of a chat, and which of them are given: all but the turns of the assistant."""
+    """Tokens of a chat, and which of them are given: all but the turns of the assistant.
+
+    A token that holds the end of a generation prompt and the beginning of an answer, such as BPE makes of a space and
+    the word after it, is learned: to give it would give the answer away.
+
+    Raises:
+        ValueError: for a tokenizer that does not say where in the text its tokens are, and for a chat template that
+            does not write the same text when there is less of the chat.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"Chats need a fast tokenizer, which says where in the text each token is: {type(tokenizer).__name__} is "
+            f"a slow one."
+        )
     messages = row["messages"]
-    input_ids, is_given = [], []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        asked = _apply_template(tokenizer, messages[:index], add_generation_prompt=True)
-        answered = _apply_template(tokenizer, messages[: index + 1])
-        if asked[: len(input_ids)] != input_ids or answered[: len(asked)] != asked:
-            raise ValueError("The chat template must only add to the text as the chat goes on.")
-        is_given += [True] * (len(asked) - len(input_ids)) + [False] * (len(answered) - len(asked))
-        input_ids = answered
-    return input_ids, is_given
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if not turns:
+        return [], []
+    text = tokenizer.apply_chat_template(messages[: turns[-1] + 1], tokenize=False)
+    answers = []
+    for turn in turns:
+        asked = tokenizer.apply_chat_template(messages[:turn], tokenize=False, add_generation_prompt=True)
+        answered = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=False)
+        _require_beginning(answered, text, "writes a turn of the assistant differently once the chat goes on")
+        _require_beginning(asked, answered, "writes what leads to an answer differently once the answer is there")
+        answers.append((len(asked), len(answered)))
+
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    is_given, last = [], 0
+    for start, stop in encoded["offset_mapping"]:
+        # Tokenizers that leave blanks out of their offsets leave nothing of a lone one but its end.
+        begin = last if start == stop else start
+        is_given.append(not any(begin < end and first < stop for first, end in answers))
+        last = stop
+    return encoded["input_ids"], is_given
 
 
-def _apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **options) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+def _require_beginning(part: str, whole: str, otherwise: str) -> None:
+    if not whole.startswith(part):
+        pairs = zip(part, whole, strict=False)
+        same = next((index for index, (one, other) in enumerate(pairs) if one != other), len(whole))
+        raise ValueError(
+            f"The chat template {otherwise}: {whole[same : same + 40]!r} in place of {part[same : same + 40]!r}. Use "
+            f"one that only adds to the text as the chat goes on."
+        )
 
 
 def parse_args(arguments: list[str] | None = None) -> tuple[Arguments, FinetuningArguments]:

@@ -40,6 +40,7 @@ def test_speed_at_toy_size(tmp_path):
     assert (tmp_path / "speed_cpu_float32.png").stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_training_costs_what_the_formulas_say(tmp_path):
     sizes = ["--presets", "tiny", "--lengths", "64", "--rows", "8", "--vocab-size", "512"]
     training_cost.main(training_cost.parse_args(["--output", str(tmp_path), "--predicted-lengths", "64", *sizes]))

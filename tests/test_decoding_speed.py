@@ -166,6 +166,7 @@ def test_few_shapes_serve_all_steps():
     assert len(shapes) > 50
 
 
+@pytest.mark.slow
 def test_a_step_compiles_as_one_graph():
     model = randomized_model()
     torch._dynamo.reset()
@@ -206,6 +207,7 @@ def test_replayed_graphs_generate_the_same_on_a_gpu(attention):
         torch.testing.assert_close(result.logits, results[0].logits, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_backbone_of_a_training_step_compiles_once():
     """Rows, masks and queries differ from batch to batch: that must not compile anything anew."""
     model = randomized_model().train()
@@ -232,3 +234,11 @@ def test_the_backbone_of_a_training_step_compiles_once():
         torch.testing.assert_close(gradient, expected_gradient, atol=1e-5, rtol=1e-4)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[2]
+
+
+@pytest.mark.parametrize("max_new_tokens", [5, 30, 255])
+def test_keys_of_static_steps_have_the_same_shape_for_short_texts(max_new_tokens):
+    model = randomized_model()
+    settings = {"cache_implementation": "static", "disable_compile": True, "num_diffusion_steps": 2, "alpha_0": 1.0}
+    output = model.generate(max_new_tokens=max_new_tokens, return_dict_in_generate=True, **settings)
+    assert output.past_key_values.layers[0].keys.shape[-2] == 256

@@ -100,7 +100,7 @@ def test_left_to_right_processors_are_those_of_transformers():
         standard.RepetitionPenaltyLogitsProcessor(1.7),
     ):
         expected = processor(text, logits.clone())
-        actual = process_logits(for_slots([processor]), logits.clone(), canvas, [0], [10])
+        actual = process_logits(for_slots([processor], 24), logits.clone(), canvas, [0], [10])
         torch.testing.assert_close(actual, expected)
 
 
@@ -285,12 +285,15 @@ def test_rows_that_stop_keep_step_with_the_others(cache):
     prompt = torch.tensor([[1, 9], [2, 9], [3, 9]])
 
     class StopFirst(StoppingCriteria):
-        """A button that stops whatever begins with a 1."""
+        """A button that stops whatever begins with a 1, pressed after the first forward."""
+
+        is_pressed = False
 
         def __call__(self, input_ids, scores, **kwargs):
-            return (input_ids[:, 0] == 1) & (input_ids[:, -1] == MASK)
+            was_pressed, self.is_pressed = self.is_pressed, self.is_pressed or bool(input_ids[0, 0] == 3)
+            return (input_ids[:, 0] == 1) & (input_ids[:, -1] == MASK) & was_pressed
 
-    arguments = {"input_ids": prompt, "num_diffusion_steps": 6, "pad_token_id": 22}
+    arguments = {"input_ids": prompt, "num_diffusion_steps": 6, "pad_token_id": 22, "lockstep": True}
     free = generate(model, **arguments)
     output = generate(model, stopping_criteria=[StopFirst()], **cache, **arguments)
     assert torch.equal(output.sequences[1:], free.sequences[1:])
@@ -438,3 +441,51 @@ def test_fill_mask_pipeline_in_batches(tokenizer):
         for candidate, expected in zip(candidates, alone, strict=True):
             assert candidate["score"] == pytest.approx(expected["score"], abs=1e-5)
             assert candidate["sequence"] == text.replace("<mask>", candidate["token_str"])
+
+
+@pytest.mark.parametrize("alpha_0", [0.0, 1.0])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_criterion_that_the_prompt_fulfils_stops_after_one_token(alpha_0, batch):
+    """As transformers does; whoever speaks of the last token alone is asked about new ones."""
+    model = randomized_model()
+    prompt = random_batch(model, batch, 6)
+
+    class LongEnough(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), input_ids.shape[1] >= 5)
+
+    output = generate(model, input_ids=prompt, stopping_criteria=[LongEnough()], alpha_0=alpha_0, pad_token_id=22)
+    assert output.num_function_evaluations == 1
+    assert (output.unmasking_steps[:, 6:] > 0).sum(dim=-1).tolist() == [1] * batch
+    assert (output.sequences[:, 6] != MASK).all()
+    assert (output.sequences[:, 7:] == 22).all()
+
+
+def test_the_progress_bar_ends_at_its_end(monkeypatch):
+    from eso_lm import generation
+
+    bars = []
+
+    class Bar:
+        def __init__(self, total, **kwargs):
+            self.total, self.n = total, 0
+            bars.append(self)
+
+        def update(self, count):
+            self.n += count
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(generation, "tqdm", Bar)
+    model = randomized_model()
+    model.lm_head.bias.data[7] = 50.0  # every token is the end of text
+    generate(model, alpha_0=0.0, eos_token_id=7, pad_token_id=9)
+    assert bars[0].n == bars[0].total == 16
+
+
+@pytest.mark.parametrize("num_diffusion_steps", ["max", 10**6])
+def test_one_token_a_forward(num_diffusion_steps):
+    output = generate(randomized_model(), alpha_0=1.0, num_diffusion_steps=num_diffusion_steps)
+    assert sorted(output.unmasking_steps[0].tolist()) == list(range(1, 17))
+    assert output.unmasking_steps[0].tolist() != list(range(1, 17))

@@ -3,17 +3,15 @@
 import json
 import math
 
+import lm_eval
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 from text_data import train_tokenizer
 from tiny_models import randomized_model
 
-lm_eval = pytest.importorskip("lm_eval")
-
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from eso_lm.harness import EsoHarnessLM  # noqa: E402
+from eso_lm.harness import EsoHarnessLM
 
 TASKS = {
     "eso_choice": """

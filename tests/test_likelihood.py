@@ -71,6 +71,7 @@ def test_one_token_at_a_time_gives_the_same_number(attention):
     torch.testing.assert_close(output.log_likelihood, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
 def test_samples_follow_the_likelihood(alpha_0):
     """Chi-square of 8100 samples, one token a forward, over all 27 texts."""
@@ -114,6 +115,7 @@ def test_a_left_to_right_model_has_one_order():
     torch.testing.assert_close(exact.log_likelihood, outputs[0].log_likelihood)
 
 
+@pytest.mark.slow
 def test_more_orders_tighten_the_bound():
     model, texts = tiny_language(scale=0.6)
     exact = model.log_likelihood(texts, num_orders="all").log_likelihood

@@ -57,6 +57,7 @@ def test_folder_holds_safetensors_code_and_every_auto_class(folder):
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"}
 
 
+@pytest.mark.slow
 def test_folder_loads_and_generates_without_the_package(folder, tmp_path):
     """In a process where `import eso_lm` fails, and whose weights and samples must be the same; saved again, too."""
     script = f"""
@@ -120,7 +121,14 @@ def test_config_defaults_are_the_small_model():
     assert (config.vocab_size, config.mask_token_id, config.intermediate_size) == (50258, 50257, 3072)
     assert config.rope_parameters["rope_theta"] == 10000.0
     with torch.device("meta"):
-        assert EsoForMaskedDiffusion(config).num_parameters() == 169_627_218  # by hand, see DESIGN section 1
+        model = EsoForMaskedDiffusion(config)
+    width, vocabulary, conditioning = 768, 50258, 128
+    time = (256 + 1) * conditioning + (conditioning + 1) * conditioning
+    mlp = (width + 1) * 4 * width + (4 * width + 1) * width
+    layer = 4 * width**2 + mlp + 2 * width + (conditioning + 1) * 6 * width  # attention, MLP, norms, modulation
+    final = width + (conditioning + 1) * 2 * width + (width + 1) * vocabulary  # norm, modulation, head
+    assert vocabulary * width + time + 12 * layer + final == 169_627_218
+    assert model.num_parameters() == 169_627_218
 
 
 @pytest.mark.parametrize(
@@ -161,9 +169,10 @@ def test_settings_are_checked_again_where_they_are_used(folder):
     with pytest.raises(ValueError, match="`alpha_0` must be"):
         AutoModel.from_pretrained(folder, alpha_0=9.0)
     model = AutoModel.from_pretrained(folder)
-    model.resize_token_embeddings(20)  # the mask is lost
-    with pytest.raises(ValueError, match="`mask_token_id` must be"):
-        model.generate(max_new_tokens=3)
+    with pytest.raises(ValueError, match="`new_num_tokens=23` would cut off the mask, whose id is 23"):
+        model.resize_token_embeddings(23)
+    assert model.resize_token_embeddings(30).num_embeddings == 30
+    assert model.generate(max_new_tokens=3).shape == (1, 3)
 
 
 def test_backbone_folder_holds_its_own_code(folder, tmp_path):

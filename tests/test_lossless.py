@@ -57,6 +57,7 @@ def language():
     return randomized_model(vocab_size=VOCAB + 1, scale=0.15, seed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft_length", [1, 2, 4, "auto"])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_samples_follow_the_exact_distribution_left_to_right(language, draft_length, temperature):
@@ -71,6 +72,7 @@ def test_samples_follow_the_exact_distribution_left_to_right(language, draft_len
         torch.testing.assert_close(scored.double(), exact.flatten(), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "plan",
     [
@@ -86,9 +88,7 @@ def test_samples_follow_the_exact_distribution_in_any_order(language, plan):
     # One plan a call fixes what its rows share: the mixture of many.
     frequencies = {}
     for seed in range(300):
-        orders, _ = plan_generation(
-            30, LENGTH, num_candidates=draft_length, generator=torch.Generator().manual_seed(seed), **plan
-        )
+        orders, _ = plan_generation(30, LENGTH, generator=torch.Generator().manual_seed(seed), **plan)
         for order in map(tuple, orders.tolist()):
             frequencies[order] = frequencies.get(order, 0) + 1 / 9000
     for order, frequency in frequencies.items():
@@ -251,6 +251,7 @@ def test_a_forward_takes_at_most_three_slots_for_each_token_of_a_draft():
     assert starts == sorted(starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["repetition_penalty", "own"])
 def test_processors_that_look_at_the_text_see_the_drafts_before(language, name):
     """Against one-token sampling with the same processors, which is counted too."""
@@ -388,3 +389,25 @@ def test_drafts_may_be_longer_than_the_text():
         torch.manual_seed(0)
         outputs.append(model.generate(max_new_tokens=10, lossless=True, draft_length=draft_length))
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("alpha_0", [1.0, 0.5])
+def test_a_strided_order_does_not_depend_on_the_draft_length(alpha_0):
+    model = randomized_model()
+    settings = {"unmasking_order": "strided", "alpha_0": alpha_0, "max_new_tokens": 14, "num_return_sequences": 8}
+    orders = []
+    for decoding in ({}, *({"lossless": True, "draft_length": length} for length in (1, 4, 16))):
+        torch.manual_seed(0)
+        orders.append(model.generate(**settings, **decoding, return_dict_in_generate=True).orders)
+    assert all(torch.equal(order, orders[0]) for order in orders)
+
+
+def test_strided_samples_are_of_one_distribution_whatever_the_draft_length(language):
+    counts = torch.stack(
+        [count(draw(language, length, seed=length, unmasking_order="strided", alpha_0=0.7)) for length in (1, 4)]
+    )
+    counts = counts[:, counts.sum(dim=0) >= 10]
+    expected = counts.sum(dim=0) / 2
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    degrees = counts.shape[1] - 1
+    assert abs(statistic - degrees) < 4 * (2 * degrees) ** 0.5

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_models import random_batch, random_orders, randomized_model, tiny_config
+from tiny_models import backbone_config, random_batch, random_orders, randomized_model, tiny_config
 from transformers import DynamicCache
 
 from eso_lm import EsoForMaskedDiffusion, EsoModel
@@ -20,7 +20,7 @@ def slots(model):
 
 
 def plain_logits(model: EsoForMaskedDiffusion, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-    """The network of one sequence, written out from DESIGN's formulas in float64 with a dense causal mask."""
+    """The network of one sequence, written out in float64 with a dense causal mask."""
     weights = {name: parameter.double() for name, parameter in model.state_dict().items()}
     config = model.config
     sinusoid = torch.cat([torch.ones(128), torch.zeros(128)]).double()
@@ -316,7 +316,13 @@ def test_labels_in_text_order(model, tolerance):
 def test_a_batch_without_masks_has_a_loss_of_zero_and_gradients():
     model = randomized_model().train()
     ids = random_batch(model, 2, 6)
-    loss = model(ids, position_ids=random_orders(2, 6), labels=ids, sequential_rows=torch.tensor([True, False])).loss
+    loss = model(
+        ids,
+        position_ids=random_orders(2, 6),
+        labels=ids,
+        loss_weights=torch.zeros(2, 6),
+        sequential_rows=torch.tensor([True, False]),
+    ).loss
     loss.backward()
     assert loss == 0
 
@@ -396,6 +402,7 @@ def test_backbone_is_a_decoder_of_its_own(tmp_path):
 
 
 @torch.no_grad()
+@torch.compiler.set_stance("force_eager")  # torch's kernel for CPUs with AVX2 reads memory that it never wrote
 def test_flex_attention_agrees_with_sdpa():
     sdpa, flex = randomized_model("sdpa"), randomized_model("flex_attention")
     ids, order = random_batch(sdpa, 2, 8), random_orders(2, 8)
@@ -423,3 +430,55 @@ def test_flex_attention_agrees_with_sdpa():
 def test_contradictory_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         randomized_model()(**arguments)
+
+
+@pytest.mark.parametrize("backbone", [None, "llama"])
+@pytest.mark.parametrize("attention_mask", [None, torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0]])])
+def test_what_is_handed_out_in_text_order_is_part_of_the_graph(backbone, attention_mask):
+    sizes = {} if backbone is None else {"backbone_config": backbone_config(backbone)}
+    model = randomized_model("eager", **sizes)
+    ids = random_batch(model, 2, 6)
+    ids[:, 1::2] = MASK
+    output = model(ids, attention_mask=attention_mask, output_hidden_states=True, output_attentions=True)
+    for states in (*output.hidden_states, *output.attentions):
+        states.retain_grad()
+    output.logits[..., :MASK].sum().backward()
+    assert all(states.grad.any() for states in (*output.hidden_states, *output.attentions))
+    one = model(ids, attention_mask=attention_mask, output_hidden_states=[1])
+    assert one.hidden_states[0] is None
+    torch.testing.assert_close(one.hidden_states[1], output.hidden_states[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])])
+def test_text_order_sees_what_the_order_clean_then_masked_shows(attention, mask):
+    """Slot by slot, against a forward in generation order of what the slot should see, and itself."""
+    model = randomized_model(attention)
+    ids = random_batch(model, 2, 7)
+    ids[0, [2, 5]] = ids[1, [0, 1, 3]] = MASK
+    logits = model(ids, attention_mask=mask).logits
+    for row in range(2):
+        real = [slot for slot in range(7) if mask is None or mask[row, slot]]
+        clean, masked = ([slot for slot in real if (ids[row, slot] == MASK) == is_it] for is_it in (False, True))
+        order = torch.tensor(clean + masked)
+        positions = order - real[0]
+        expected = model(ids[row, order][None], position_ids=positions[None]).logits[0]
+        torch.testing.assert_close(logits[row, order], expected, atol=1e-4, rtol=0)
+
+
+def test_logits_are_not_written_into_what_the_head_gave():
+    """A view that autograd keeps, as tensor parallelism gathers the vocabulary's parts, must not be changed."""
+
+    class Gather(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            return logits.view_as(logits)
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    model = randomized_model()
+    model.lm_head.register_forward_hook(lambda _, __, logits: Gather.apply(logits))
+    model(random_batch(model, 1, 4)).logits[..., :MASK].sum().backward()
+    assert model.lm_head.weight.grad.any()

@@ -8,7 +8,6 @@ from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 
-pytest.importorskip("bitsandbytes")
 WIDTH = {"hidden_size": 64, "intermediate_size": 128}  # the kernels want multiples of 32
 
 
@@ -52,3 +51,14 @@ def test_a_causal_model_is_taken_over_in_4_bits(tmp_path):
     model = EsoForMaskedDiffusion.from_causal_lm(tmp_path, quantization_config=quantization(4))
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert model.generate(max_new_tokens=5).shape == (1, 5)
+
+
+def test_what_a_constant_goes_into_is_not_quantised(tmp_path):
+    """Kernels of 4-bit layers take inputs without gradients for an inference, and write into what autograd keeps."""
+    original = randomized_model(scale=0.1, cond_dim=64, **WIDTH)
+    original.save_pretrained(tmp_path)
+    for bits in (4, 8):
+        model = AutoModel.from_pretrained(tmp_path, quantization_config=quantization(bits))
+        embedding = model.model.timestep_embedding
+        assert type(embedding.in_proj) is type(embedding.out_proj) is torch.nn.Linear
+        assert model(random_batch(model, 2, 6)).logits.requires_grad

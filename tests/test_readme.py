@@ -3,6 +3,8 @@
 import re
 import runpy
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,6 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(enc
 
 def run_example(monkeypatch, name: str, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    monkeypatch.syspath_prepend(ROOT / "examples")
     runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
 
@@ -29,22 +30,24 @@ def home(tmp_path_factory) -> Path:
     return home
 
 
-@pytest.fixture
-def trained(home, monkeypatch, capsys) -> str:
+@pytest.fixture(scope="module")
+def trained(home) -> str:
     """The quickstart, on the user's own texts, for a few steps; what it printed."""
-    monkeypatch.chdir(home)
     arguments = ["--text", "my_texts", "--max-steps", "40", "--length", "32", "--vocab-size", "320"]
-    run_example(
-        monkeypatch, "quickstart.py", *arguments, "--hidden-size", "64", "--num-layers", "2", "--num-samples", "2"
-    )
-    return capsys.readouterr().out
+    arguments += ["--hidden-size", "64", "--num-layers", "2", "--num-samples", "2"]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as output:
+        patch.chdir(home)
+        run_example(patch, "quickstart.py", *arguments)
+    return output.getvalue()
 
 
-def test_quickstart_and_readme_snippets_run(trained, home, capsys):
+@pytest.mark.slow
+def test_quickstart_and_readme_snippets_run(trained, home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
     before, after = map(float, re.search(r"NELBO: ([\d.]+) .* training, ([\d.]+) after", trained).groups())
     assert after < before - 0.5
     assert len(re.findall(r"^--- alpha_0 = ", trained, flags=re.MULTILINE)) == 6
-    assert len(SNIPPETS) == 12
+    assert len(SNIPPETS) == 13
     namespace = {}
     for snippet in SNIPPETS:
         exec(compile(snippet, "README.md", "exec"), namespace)
@@ -54,7 +57,9 @@ def test_quickstart_and_readme_snippets_run(trained, home, capsys):
     assert "nats per token" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn(trained, home, monkeypatch):
+    monkeypatch.chdir(home)
     run_example(monkeypatch, "plot_unmasking.py", "--output", "unmasking.png", "--length", "20")
     assert (home / "unmasking.png").stat().st_size > 5000
 

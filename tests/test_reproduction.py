@@ -160,6 +160,7 @@ def in_this_process(monkeypatch):
     return patch
 
 
+@pytest.mark.slow
 def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     started = in_this_process(reproduce)
     arguments = ["--scale", "smoke", "--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
@@ -187,6 +188,7 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
         reproduce.main(reproduce.parse_args([*arguments, "--seed", "7"]))
 
 
+@pytest.mark.slow
 def test_the_ways_of_adapting_are_compared(in_this_process, tmp_path):
     started = in_this_process(adaptation)
     sizes = ["--hidden-size", "32", "--num-layers", "1", "--length", "32", "--vocab-size", "300", "--every", "60"]

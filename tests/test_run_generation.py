@@ -32,6 +32,7 @@ def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_in_one_process_and_in_two(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("The quick\n\nover <mask:3> dog\nThe\n")
     arguments = {"model": str(folder), "prompts": tmp_path / "prompts.txt", "max_new_tokens": 6, "num_samples": 2}

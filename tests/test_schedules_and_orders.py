@@ -176,3 +176,24 @@ def test_strided_diffusion_phase_has_its_share():
 def test_strided_rows_differ():
     order, _ = plan_generation(6, 24, 1.0, 6, "strided")
     assert len({tuple(row.tolist()) for row in order}) > 1
+
+
+@pytest.mark.parametrize("num_tokens", [2, 3, 5, 8, 16, 17, 100])
+@pytest.mark.parametrize("is_adaptive", [False, True])
+def test_a_strided_order_is_strided_at_any_length(num_tokens, is_adaptive):
+    orders = torch.cat(
+        [plan_generation(1, num_tokens, 1.0, None, "strided", is_adaptive=is_adaptive)[0] for _ in range(40)]
+    )
+    stride = math.ceil(math.sqrt(num_tokens))
+    first_of_each = orders[:, : num_tokens // stride]
+    assert (first_of_each.diff(dim=-1) == stride).all()
+    assert len({tuple(order) for order in orders.tolist()}) > 1, "never left to right alone"
+
+
+def test_one_token_a_forward_has_a_spelling():
+    for unmasking_order in ("random", "strided", "left_to_right"):
+        order, counts = plan_generation(1, 50, 0.5, "max", unmasking_order)
+        assert counts == [1] * 50
+        assert sorted(order[0].tolist()) == list(range(50))
+    shuffled = [int((plan_generation(1, 50, 0.5, "max")[0].diff() < 0).any()) for _ in range(20)]
+    assert sum(shuffled) == 20, "the diffusion phase is in random order"

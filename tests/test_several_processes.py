@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from tiny_models import randomized_model
+
+pytestmark = pytest.mark.slow
 
 TENSOR_PARALLEL = """
 import sys
@@ -96,7 +99,7 @@ for step, rows in enumerate(text, 1):
         optimizer.step()
         losses.append(loss.detach())
     dist.all_reduce(losses[0])
-    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(losses[0], losses[1], atol=1e-5, rtol=1e-4)
     trainer.state.global_step = step
     average.on_step_end(None, trainer.state, None, model=sharded)
     decay = min(0.5, (1 + step) / (10 + step))

