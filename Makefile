@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 
 test-common: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) \
-		$(BIN)/python -m pytest --override-ini strict_markers=false tests/transformers_common
+		$(BIN)/python -m pytest tests/transformers_common
 
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py

@@ -1,6 +1,7 @@
 """transformers' test files, importable as its own tests import them; what they load; which of them apply."""
 
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -40,7 +41,10 @@ def pytest_configure(config):
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_TINY_MODEL_PATH": checkpoints.name,
     }
-    config.addinivalue_line("filterwarnings", "ignore::pytest.PytestUnknownMarkWarning")  # transformers' own marks
+    # The marks that transformers' files use, which differ between its versions.
+    files = Path(transformers.__file__).parent / "testing_utils.py", *folder.glob("*.py"), *folder.glob("*/*.py")
+    for mark in {mark for file in files for mark in re.findall(r"\bmark\.(\w+)", file.read_text("utf-8"))}:
+        config.addinivalue_line("markers", f"{mark}: of transformers")
 
 
 def pytest_collection_modifyitems(items):
