@@ -2,6 +2,7 @@
 
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 
 
@@ -16,8 +17,8 @@ def is_number(value) -> bool:
 
 
 def to_python(value):
-    """A number of numpy as Python's, which JSON can hold; anything else as it is."""
-    return value.item() if is_number(value) and hasattr(value, "item") else value
+    """A scalar of numpy as Python's, which JSON can hold; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -56,7 +57,11 @@ def require_zeros_and_ones(name: str, mask: torch.Tensor) -> None:
 
     An additive mask, 0 where a token is real, would mean the opposite.
     """
-    if mask.dtype != torch.bool and _has_values(mask) and not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype == torch.bool or not _has_values(mask):
+        return
+    if mask.is_floating_point() and mask.numel() > 0 and not mask.any():
+        raise ValueError(f"`{name}` must be 1 at real tokens, and is 0 everywhere: is it an additive mask?")
+    if not ((mask == 0) | (mask == 1)).all():
         other = mask[(mask != 0) & (mask != 1)].flatten()[0]
         raise ValueError(
             f"`{name}` must be 1 at real tokens and 0 elsewhere, got {float(other):g}: an additive mask, or weights, "
