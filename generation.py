@@ -21,7 +21,7 @@ from .logits_process import for_slots
 from .lossless import DRAFT_LENGTHS, LosslessUnmasking
 from .sampling import Generators
 from .unmasking import ParallelUnmasking, UnmaskingSchedule, plan_rows
-from .validation import is_integer, is_number, require_mask, require_token_ids, to_python
+from .validation import is_integer, is_number, require_attention_mask, require_shape, require_token_ids, to_python
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
@@ -276,7 +276,9 @@ class EsoGenerationMixin(GenerationMixin):
             raise ValueError("`attention_mask` needs `input_ids`.")
         if prompts is not None:
             require_token_ids(name, prompts, self.config.vocab_size)
-            require_mask("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
+            require_shape("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
+            if kwargs.get("attention_mask") is not None:
+                require_attention_mask(kwargs["attention_mask"])
             prompts = prompts.long()
             if prompts.shape[1] == 0:
                 # transformers looks for padding at the end of each prompt: empty ones become samples of one.

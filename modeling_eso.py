@@ -50,7 +50,7 @@ from .likelihood import EsoLikelihoodMixin
 from .linear import MAX_DECODED_SLOTS, fast_products_of_few_rows
 from .model_card import TAGS, write_model_card
 from .packed_rows import attend_packed
-from .validation import is_integer, require_ids_of_vocabulary, require_shape, require_zeros_and_ones
+from .validation import is_integer, require_attention_mask, require_ids_of_vocabulary, require_shape
 
 MAX_QUERIES_TRANSPOSED = 16
 """Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
@@ -358,7 +358,7 @@ class EsoModel(EsoPreTrainedModel):
         _require_exactly_one(input_ids, inputs_embeds)
         _require_known(kwargs)
         if _is_padding_mask(attention_mask):
-            require_zeros_and_ones("attention_mask", attention_mask)
+            require_attention_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -603,7 +603,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         if _is_padding_mask(attention_mask):
             if past_key_values is None:
                 require_shape("attention_mask", attention_mask, (batch, slots))
-            require_zeros_and_ones("attention_mask", attention_mask)
+            require_attention_mask(attention_mask)
 
         in_text_order = position_ids is None and past_key_values is None and not use_cache
         in_text_order = in_text_order and (attention_mask is None or _is_padding_mask(attention_mask))

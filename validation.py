@@ -57,16 +57,19 @@ def require_zeros_and_ones(name: str, mask: torch.Tensor) -> None:
 
     An additive mask, 0 where a token is real, would mean the opposite.
     """
-    if mask.dtype == torch.bool or not _has_values(mask):
-        return
-    if mask.is_floating_point() and mask.numel() > 0 and not mask.any():
-        raise ValueError(f"`{name}` must be 1 at real tokens, and is 0 everywhere: is it an additive mask?")
-    if not ((mask == 0) | (mask == 1)).all():
+    if mask.dtype != torch.bool and _has_values(mask) and not ((mask == 0) | (mask == 1)).all():
         other = mask[(mask != 0) & (mask != 1)].flatten()[0]
         raise ValueError(
             f"`{name}` must be 1 at real tokens and 0 elsewhere, got {float(other):g}: an additive mask, or weights, "
             f"mean something else."
         )
+
+
+def require_attention_mask(mask: torch.Tensor) -> None:
+    """Raises a ValueError unless `mask` is 1 (real) or 0 (padding), and not an additive one of no padding at all."""
+    require_zeros_and_ones("attention_mask", mask)
+    if mask.is_floating_point() and mask.numel() > 0 and _has_values(mask) and not mask.any():
+        raise ValueError("`attention_mask` must be 1 at real tokens, and is 0 everywhere: is it an additive mask?")
 
 
 def require_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:
