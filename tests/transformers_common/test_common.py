@@ -5,18 +5,19 @@ The package `tests` is the folder TRANSFORMERS_TESTS (see conftest.py).
 
 import unittest
 from contextlib import nullcontext
+from fnmatch import fnmatchcase
 from unittest import mock
 
 import pytest
 import torch
+from comparable_models import EsoWithPlainLoss, PlainLossConfig, random_initialization
 from exclusions import KNOWN_DEFECTS, NOT_APPLICABLE, is_named, reason_for
 from tests.causal_lm_tester import CausalLMModelTest, CausalLMModelTester
 from transformers import LlamaConfig
-from transformers import initialization as init
 from transformers.models.auto import modeling_auto
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion, EsoModel
-from eso_lm.modeling_eso import EsoModulation, EsoPreTrainedModel
+from eso_lm.modeling_eso import EsoPreTrainedModel
 from tests import test_fsdp_mixin, test_tensor_parallel_mixin
 
 # The tests look classes up by the names that a model within transformers would have.
@@ -29,23 +30,14 @@ test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
 
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
-# Gates and head of a fresh Eso-LM are zeros, so that most comparisons would hold whatever is compared.
-initialize, initialize_with_head = EsoPreTrainedModel._init_weights, EsoForMaskedDiffusion._init_weights
-
-
-@torch.no_grad()
-def randomize(model: EsoPreTrainedModel, module: torch.nn.Module) -> None:
-    initialize(model, module)
-    if isinstance(module, EsoModulation):
-        init.normal_(module.weight, std=0.2)
-        init.normal_(module.bias, std=0.2)
-
-
-@torch.no_grad()
-def randomize_with_head(model: EsoForMaskedDiffusion, module: torch.nn.Module) -> None:
-    initialize_with_head(model, module)
-    if module is model.lm_head and not model.config.tie_word_embeddings:
-        init.normal_(module.weight, std=0.2)
+# These give labels without masks.
+TRAINING_TESTS = (
+    "test_causal_lm_can_accept_training_kwargs",
+    "test_fsdp2_*",
+    "test_hsdp_*",
+    "test_tp_backward",
+    "test_training_overfit",
+)
 
 
 class EsoModelTester(CausalLMModelTester):
@@ -70,7 +62,7 @@ class EsoModelTester(CausalLMModelTester):
             "max_position_embeddings": self.max_position_embeddings,
             "alpha_0": 0.5,
         }
-        return EsoConfig(**fields | SPECIAL_TOKENS | self.config_fields)
+        return self.config_class(**fields | SPECIAL_TOKENS | self.config_fields)
 
     def prepare_config_and_inputs(self) -> tuple:
         config, input_ids, *others = super().prepare_config_and_inputs()
@@ -90,8 +82,10 @@ class EsoModelTest(CausalLMModelTest, unittest.TestCase):
 
     def setUp(self):
         super().setUp()
-        self.enterContext(mock.patch.object(EsoPreTrainedModel, "_init_weights", randomize))
-        self.enterContext(mock.patch.object(EsoForMaskedDiffusion, "_init_weights", randomize_with_head))
+        self.enterContext(random_initialization())
+        if any(fnmatchcase(self._testMethodName, test_name) for test_name in TRAINING_TESTS):
+            self.model_tester.config_class = PlainLossConfig
+            self.model_tester.causal_lm_class = EsoWithPlainLoss
         if reason_for(KNOWN_DEFECTS, type(self).__name__, self._testMethodName) is not None:
             self.subTest = nullcontext  # what fails is to be the test itself
 
@@ -146,18 +140,9 @@ class EsoModelTest(CausalLMModelTest, unittest.TestCase):
         super().test_model_rope_scaling_from_config_2_yarn()
 
     def test_training_overfit(self):
-        """The test gives no masks and compares with greedy text: it trains the sequential phase here."""
-        forward = EsoForMaskedDiffusion.forward
-
-        def sequential_forward(model, input_ids=None, labels=None, **kwargs):
-            if labels is not None:
-                kwargs["sequential_rows"] = torch.ones(len(input_ids), dtype=torch.bool)
-                kwargs["loss_weights"] = torch.ones(input_ids.shape)
-            return forward(model, input_ids=input_ids, labels=labels, **kwargs)
-
+        # It compares with greedy text from left to right.
         self.model_tester.config_fields = self.model_tester.config_fields | {"alpha_0": 0.0}
-        with mock.patch.object(EsoForMaskedDiffusion, "forward", sequential_forward):
-            super().test_training_overfit()
+        super().test_training_overfit()
 
 
 class EsoMaskedInputTester(EsoModelTester):
@@ -207,7 +192,7 @@ class EsoLlamaTester(EsoModelTester):
             max_position_embeddings=self.max_position_embeddings,
             **SPECIAL_TOKENS,
         )
-        return EsoConfig(**{"backbone_config": llama, "alpha_0": 0.5} | SPECIAL_TOKENS | self.config_fields)
+        return self.config_class(**{"backbone_config": llama, "alpha_0": 0.5} | SPECIAL_TOKENS | self.config_fields)
 
 
 class EsoLlamaTest(EsoModelTest):
