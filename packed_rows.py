@@ -6,6 +6,7 @@ real ones alone. Only attention tells the rows apart.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -26,12 +27,17 @@ class PackedRows:
     num_slots: list[int]
     num_keys: list[int]
 
-    @property
+    @cached_property
     def attend_apart(self) -> bool:
         """Whether each row attends by itself. Rows that are much alike are padded, and attend in a single call."""
         needed = sum(count * keys for count, keys in zip(self.num_slots, self.num_keys, strict=True))
         padded = len(self.num_slots) * max(self.num_slots) * max(self.num_keys)
         return padded > MAX_PADDED_WORK * needed
+
+    @cached_property
+    def _place(self) -> torch.LongTensor:
+        most = max(self.num_slots)
+        return torch.tensor([row * most + slot for row, count in enumerate(self.num_slots) for slot in range(count)])
 
     def pad(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
         """From packed states (1, heads, slots, width) to (rows, heads, most slots of a row, width).
@@ -40,8 +46,7 @@ class PackedRows:
             The states, and for each packed slot its index among the padded ones.
         """
         most = max(self.num_slots)
-        place = [row * most + slot for row, count in enumerate(self.num_slots) for slot in range(count)]
-        place = torch.tensor(place, device=states.device)
+        place = self._place.to(states.device)
         padded = states.new_zeros(len(self.num_slots) * most, *states.shape[1::2])
         padded[place] = states[0].transpose(0, 1)
         return padded.unflatten(0, (-1, most)).transpose(1, 2), place
