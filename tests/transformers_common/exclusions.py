@@ -35,7 +35,6 @@ NOT_APPLICABLE: list[Entry] = [
     ("*", "test_generate_from_random_inputs_embeds", EMBEDS),
     ("*", "test_generate_with_and_without_position_ids", "`generate` makes the `position_ids` itself"),
     ("*", "test_generate_methods_with_logits_to_keep", "`generate` decides which slots need logits"),
-    ("*", "test_causal_lm_can_accept_training_kwargs", "gives labels without masks, which would train nothing: refused"),
     ("*", "test_causal_lm_loss_honors_shift_labels", "a slot predicts its own token: there is no shift"),
     ("*", "test_model_rope_scaling_from_config_1_dynamic", "angles that change with the length are refused"),
     *[
