@@ -124,6 +124,11 @@ class PreallocatedCache(Cache):
         super().__init__(layers=[PreallocatedLayer(max_length, is_compileable) for _ in range(num_layers)])
         self.max_length = max_length
         self.text: CachedText | None = None
+        self.is_stale = False  # whether slots have been written since `text` was noted
+
+    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        self.is_stale = self.text is not None
+        return super().update(*args, **kwargs)
 
     def copy_from(self, cache: Cache, length: int, repeats: int) -> None:
         """Takes over the first `length` slots of a cache, each of its rows `repeats` times; it stays as it is."""

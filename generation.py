@@ -21,7 +21,7 @@ from .logits_process import for_slots
 from .lossless import DRAFT_LENGTHS, LosslessUnmasking
 from .sampling import Generators
 from .unmasking import ParallelUnmasking, UnmaskingSchedule, plan_rows
-from .validation import is_integer, is_number, require_mask, require_token_ids, to_python
+from .validation import is_integer, is_number, require_attention_mask, require_shape, require_token_ids, to_python
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
@@ -89,6 +89,7 @@ class EsoGenerationConfig(GenerationConfig):
     """
 
     def __init__(self, **kwargs):
+        kwargs = {name: to_python(value) for name, value in kwargs.items()}
         self.alpha_0 = kwargs.pop("alpha_0", None)
         self.num_diffusion_steps = kwargs.pop("num_diffusion_steps", None)
         self.unmasking_order = kwargs.pop("unmasking_order", None)
@@ -102,8 +103,6 @@ class EsoGenerationConfig(GenerationConfig):
         self.progress_bar = kwargs.pop("progress_bar", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
-        for name, value in vars(self).items():
-            setattr(self, name, to_python(value))
 
     @classmethod
     def from_model_config(cls, model_config) -> "EsoGenerationConfig":
@@ -200,7 +199,10 @@ class EsoGenerateOutput(ModelOutput):
         num_function_evaluations: NFE, the number of forwards of the model.
         unmasking_steps: (batch, length); 0 = given (or padding), i = revealed by forward i.
         orders: (batch, length), the generation order: the column of the token at each slot, those given first. With it
-            `log_likelihood(sequences, orders=orders[:, None], ...)` scores the text again.
+            `log_likelihood(sequences, orders=orders[:, None], ...)` scores a text again that was written one token a
+            forward, or with `lossless`. (Not one that has ended early in another order than left to right: what was
+            decided behind its end, and seen by the rest, is padding now. Nor are the forwards of adaptive unmasking
+            told by the order alone: candidates that were not kept stood in them too.)
         log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
             distribution before any filter; 0 where given (or padding).
         scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
@@ -212,7 +214,8 @@ class EsoGenerateOutput(ModelOutput):
         drafts_offered, drafts_accepted: (batch,), with `lossless`; the drafts that were judged (the first token of a
             draft is exact and needs no judging; the others of a refused draft count as offered), and kept.
 
-    With `lossless`, `log_probs` are those of the exact conditionals: they add up to log p(x | σ).
+    With `lossless`, `log_probs` are those of the exact conditionals: they add up to log p(x | σ), unless the text has
+    ended early.
     """
 
     sequences: torch.LongTensor
@@ -263,6 +266,8 @@ class EsoGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for prompts and settings that cannot be used.
         """
+        kwargs = {name: to_python(value) for name, value in kwargs.items()}
+        kwargs.pop("token_type_ids", None)  # which tokenizers of BERT's kind add to every text
         for name in ("max_length", "max_new_tokens", "num_return_sequences"):
             _check_count(name, kwargs.get(name))
         name = "inputs" if inputs is not None else "input_ids"
@@ -271,7 +276,9 @@ class EsoGenerationMixin(GenerationMixin):
             raise ValueError("`attention_mask` needs `input_ids`.")
         if prompts is not None:
             require_token_ids(name, prompts, self.config.vocab_size)
-            require_mask("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
+            require_shape("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
+            if kwargs.get("attention_mask") is not None:
+                require_attention_mask(kwargs["attention_mask"])
             prompts = prompts.long()
             if prompts.shape[1] == 0:
                 # transformers looks for padding at the end of each prompt: empty ones become samples of one.
@@ -486,7 +493,9 @@ class EsoGenerationMixin(GenerationMixin):
             compiled_forward = self.get_compiled_call(generation_config.compile_config)
         decoder = Decoder(self, past_key_values, compiled_forward)
         recorded = {
-            name: torch.zeros(canvas.batch, canvas.length, self.config.vocab_size, device=self.device)
+            name: torch.zeros(
+                canvas.batch, canvas.length, self.config.vocab_size, dtype=torch.float32, device=self.device
+            )
             for name in ("scores", "logits")
             if generation_config.return_dict_in_generate and getattr(generation_config, f"output_{name}")
         }
@@ -569,8 +578,10 @@ def _go_on_from(given: Cache, cache: PreallocatedCache, canvas: Canvas) -> None:
     """
     if not all(getattr(layer, "keys", None) is not None for layer in given.layers):
         raise ValueError(f"`past_key_values` must be a cache of keys and values, got {type(given).__name__}.")
+    if getattr(given, "is_stale", False):
+        raise ValueError("`past_key_values` has been written to since `generate` returned it: pass a copy as it was.")
     text = getattr(given, "text", None)
-    length = given.get_seq_length() if text is None else max(text.lengths)
+    length = given.get_seq_length() if text is None else min(max(text.lengths), given.get_seq_length())
     rows = len(given.layers[0].keys)
     if canvas.batch % rows != 0 or length > canvas.prompt_length:
         raise ValueError(
@@ -578,17 +589,18 @@ def _go_on_from(given: Cache, cache: PreallocatedCache, canvas: Canvas) -> None:
             f"{canvas.batch} rows (with the samples of each) of {canvas.prompt_length}. Pass the whole text as "
             f"`input_ids`, what is cached and what is new."
         )
+    repeats = canvas.batch // rows
     if text is None:
         # A cache of a plain forward holds the first tokens of each row.
         if not canvas.is_real[:, :length].all():
             raise ValueError("`past_key_values` of a forward must hold no padding, and `attention_mask` has some.")
-        text = CachedText(canvas.tokens[:rows, :length], torch.arange(length).expand(rows, -1), [length] * rows)
-    repeats = canvas.batch // rows
+        positions = torch.arange(length).expand(rows, -1)
+        text = CachedText(canvas.tokens[::repeats, :length], positions, [length] * rows)
     canvas.take_cached(
         CachedText(
             text.tokens.repeat_interleave(repeats, dim=0),
             text.positions.repeat_interleave(repeats, dim=0),
-            [length for length in text.lengths for _ in range(repeats)],
+            [min(count, length) for count in text.lengths for _ in range(repeats)],
         )
     )
     cache.copy_from(given, length, repeats)

@@ -127,7 +127,9 @@ class LosslessUnmasking(DecodingStrategy):
             self.num_forwards[row] += not is_idle[row]
             self.num_offered[row] += num_drafts
         num_fed = [len(row_slots) for row_slots in slots]
-        padded = [row_slots + (row_slots or [0])[-1:] * (max(num_fed) - len(row_slots)) for row_slots in slots]
+        # Where a row that is done has to be filled up, it writes its last cached slot once more, as it was.
+        last = [max(fed[-1] if fed else cached - 1, 0) for fed, cached in zip(slots, self.cached, strict=True)]
+        padded = [fed + [end] * (max(num_fed) - len(fed)) for fed, end in zip(slots, last, strict=True)]
         columns = self.order.gather(1, torch.tensor(padded))
         input_ids = canvas.tokens.gather(1, columns)
         for row, drafts in enumerate(self.drafts):

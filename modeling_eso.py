@@ -34,6 +34,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .attention_mask import make_attention_mask
 from .backbone import (
     GROUPED_SDPA,
+    NEEDED_ARGUMENTS,
     grouped_attention,
     learned_positions,
     make_backbone,
@@ -49,7 +50,7 @@ from .likelihood import EsoLikelihoodMixin
 from .linear import MAX_DECODED_SLOTS, fast_products_of_few_rows
 from .model_card import TAGS, write_model_card
 from .packed_rows import attend_packed
-from .validation import is_integer, require_ids_of_vocabulary, require_shape, require_zeros_and_ones
+from .validation import is_integer, require_attention_mask, require_ids_of_vocabulary, require_shape
 
 MAX_QUERIES_TRANSPOSED = 16
 """Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
@@ -355,12 +356,9 @@ class EsoModel(EsoPreTrainedModel):
             ValueError: for arguments that it has no use for, such as those of a loss.
         """
         _require_exactly_one(input_ids, inputs_embeds)
-        unknown = sorted(set(kwargs) - BACKBONE_KEYWORDS)
-        if unknown:
-            raise ValueError(
-                f"The backbone has no use for the arguments {unknown}: the loss of an Eso-LM is that of "
-                f"`EsoForMaskedDiffusion.forward`, and what calls the backbone for another trains something else."
-            )
+        _require_known(kwargs)
+        if _is_padding_mask(attention_mask):
+            require_attention_mask(attention_mask)
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
@@ -605,7 +603,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         if _is_padding_mask(attention_mask):
             if past_key_values is None:
                 require_shape("attention_mask", attention_mask, (batch, slots))
-            require_zeros_and_ones("attention_mask", attention_mask)
+            require_attention_mask(attention_mask)
 
         in_text_order = position_ids is None and past_key_values is None and not use_cache
         in_text_order = in_text_order and (attention_mask is None or _is_padding_mask(attention_mask))
@@ -685,6 +683,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         """The backbone's forward, with the arguments of `EsoModel`'s."""
         if self.config.backbone_config is None:
             return self.model(**arguments)
+        _require_known({name: value for name, value in arguments.items() if name not in NEEDED_ARGUMENTS})
         return run_backbone(self.model, **arguments)
 
     @contextmanager
@@ -783,7 +782,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
             loss_weights = (input_ids == self.config.mask_token_id).float()
             if not loss_weights[labels != -100].any():
                 raise ValueError(
-                    "`labels` are given for slots that hold no mask, so that there is nothing to predict: take "
+                    "None of the slots with `labels` holds a mask, so that there is nothing to predict: take "
                     "`DataCollatorForHybridMaskedDiffusion`, which masks the tokens and weighs the loss."
                 )
         loss_weights = loss_weights.masked_fill(labels == -100, 0)
@@ -973,6 +972,15 @@ def _is_sharded(model: nn.Module) -> bool:
 def _is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> bool:
     """Whether a mask says which tokens are real, (batch, slots), rather than which slot sees which."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+
+
+def _require_known(kwargs: dict) -> None:
+    unknown = sorted(set(kwargs) - BACKBONE_KEYWORDS)
+    if unknown:
+        raise ValueError(
+            f"The backbone has no use for the arguments {unknown}: the loss of an Eso-LM is that of "
+            f"`EsoForMaskedDiffusion.forward`, and what calls the backbone for another trains something else."
+        )
 
 
 def _require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None):

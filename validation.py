@@ -2,6 +2,7 @@
 
 from numbers import Integral, Real
 
+import numpy as np
 import torch
 
 
@@ -16,8 +17,8 @@ def is_number(value) -> bool:
 
 
 def to_python(value):
-    """A number of numpy as Python's, which JSON can hold; anything else as it is."""
-    return value.item() if is_number(value) and hasattr(value, "item") else value
+    """A scalar of numpy as Python's, which JSON can hold; anything else as it is."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -62,6 +63,13 @@ def require_zeros_and_ones(name: str, mask: torch.Tensor) -> None:
             f"`{name}` must be 1 at real tokens and 0 elsewhere, got {float(other):g}: an additive mask, or weights, "
             f"mean something else."
         )
+
+
+def require_attention_mask(mask: torch.Tensor) -> None:
+    """Raises a ValueError unless `mask` is 1 (real) or 0 (padding), and not an additive one of no padding at all."""
+    require_zeros_and_ones("attention_mask", mask)
+    if mask.is_floating_point() and mask.numel() > 0 and _has_values(mask) and not mask.any():
+        raise ValueError("`attention_mask` must be 1 at real tokens, and is 0 everywhere: is it an additive mask?")
 
 
 def require_mask(name: str, mask: torch.Tensor | None, shape: tuple[int, ...]) -> None:

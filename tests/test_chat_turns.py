@@ -1,5 +1,7 @@
 """A generation that goes on from the cache of an earlier one, and the order that an output tells."""
 
+import copy
+
 import pytest
 import torch
 from tiny_models import backbone_config, random_batch, randomized_model
@@ -75,7 +77,7 @@ def test_ragged_chats_go_on_over_several_turns(decoding, cache):
 
 def test_the_cache_of_a_forward_is_gone_on_from_by_several_samples():
     model = randomized_model()
-    prompt = random_batch(model, 1, 6)
+    prompt = random_batch(model, 2, 6)
     cache = model(prompt[:, :5], past_key_values=DynamicCache(), use_cache=True).past_key_values
     keys = cache.layers[0].keys.clone()
     outputs = []
@@ -87,6 +89,25 @@ def test_the_cache_of_a_forward_is_gone_on_from_by_several_samples():
     assert torch.equal(cache.layers[0].keys, keys), "the cache given stays as it is"
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", [None, "llama"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static", "disable_compile": True}], ids=str)
+@pytest.mark.parametrize("decoding", DECODING, ids=str)
+def test_a_cache_handed_out_holds_what_a_forward_over_its_text_computes(backbone, attention, cache, decoding):
+    """Also of rows that were done before others, and had to be filled up."""
+    model = randomized_model(
+        attention, scale=0.2, **({} if backbone is None else {"backbone_config": backbone_config(backbone)})
+    )
+    torch.manual_seed(0)
+    past = model.generate(random_batch(model, 3, 4), **SETTINGS, **cache, **decoding).past_key_values
+    for row, length in enumerate(past.text.lengths):
+        tokens, positions = past.text.tokens[row, None, :length], past.text.positions[row, None, :length]
+        fresh = model(tokens, position_ids=positions, use_cache=True).past_key_values
+        for layer, expected in zip(past.layers, fresh.layers, strict=True):
+            torch.testing.assert_close(layer.keys[row, :, :length], expected.keys[0], atol=1e-4, rtol=0)
+
+
 def test_a_cache_of_another_text_is_refused():
     model = randomized_model()
     prompt = random_batch(model, 2, 4)
@@ -96,6 +117,12 @@ def test_a_cache_of_another_text_is_refused():
     other = torch.cat([prompt, random_batch(model, 2, 12, seed=3)], dim=-1)
     with pytest.raises(ValueError, match="holds another text than `input_ids`: row 0 differs at token"):
         model.generate(other, past_key_values=past, **SETTINGS)
+    cropped = copy.deepcopy(past)
+    cropped.crop(-2)
+    text = torch.cat([model.generate(prompt, **SETTINGS).sequences, prompt], dim=-1)
+    model(prompt[:, :2], past_key_values=cropped)
+    with pytest.raises(ValueError, match="has been written to since"):
+        model.generate(text, past_key_values=cropped, **SETTINGS)
     with pytest.raises(ValueError, match="with `use_cache`"):
         model.generate(other, past_key_values=past, use_cache=False, **SETTINGS)
 

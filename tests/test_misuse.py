@@ -38,7 +38,9 @@ def test_labels_without_masks_would_train_nothing(model):
             model(ids, labels=ids, **arguments)
     masked = ids.clone()
     masked[:, :3] = MASK
-    with pytest.raises(ValueError, match="nothing to predict"):  # the masks are not what the labels speak of
+    with pytest.raises(
+        ValueError, match=r"None of the slots with `labels` holds a mask, .* nothing to predict"
+    ):  # the masks are not what the labels speak of
         model(masked, labels=ids.masked_fill(masked == MASK, -100))
     assert model(masked, labels=ids).loss > 0
 
@@ -77,7 +79,14 @@ def test_the_backbone_refuses_what_it_has_no_use_for(model):
             model.model(**inputs, **{name: batch[name]})
     with pytest.raises(ValueError, match=r"\['temperature'\]"):
         model(**inputs, temperature=0.5)
+    with pytest.raises(ValueError, match="`attention_mask` must be 1 at real tokens"):
+        model.model(batch["input_ids"], attention_mask=torch.tensor([[0.0] * 7 + [-1e38]] * 2))
+    llama = randomized_model(backbone_config=backbone_config("llama"))
+    with pytest.raises(ValueError, match=r"\['temperature'\]"):
+        llama(**inputs, temperature=0.5)
     assert model(**inputs, token_type_ids=torch.zeros(2, 8)).logits.shape == (2, 8, 24)
+    prompt = random_batch(model, 1, 3)
+    assert model.generate(prompt, token_type_ids=torch.zeros(1, 3), max_new_tokens=2).shape == (1, 5)
 
 
 @pytest.mark.parametrize("backbone", [None, "llama"])
@@ -118,6 +127,8 @@ def test_masks_are_zeros_and_ones(model, wrong):
             call(ids, attention_mask=wrong)
     with pytest.raises(ValueError, match="`context_mask` must be 1 at real tokens"):
         model.log_likelihood(ids, context_mask=wrong)
+    with pytest.raises(ValueError, match=r"`attention_mask` .* is 0 everywhere: is it an additive mask"):
+        model(ids, attention_mask=torch.zeros(1, 3))
     for right in (torch.tensor([[1, 1, 0]]), torch.tensor([[True, True, False]]), torch.tensor([[1.0, 1.0, 0.0]])):
         assert model(ids, attention_mask=right).logits.shape == (1, 3, 24)
 
@@ -146,7 +157,7 @@ def test_numbers_of_numpy_are_numbers(model, tmp_path):
     EsoForMaskedDiffusion(config).save_pretrained(tmp_path)
     assert EsoConfig.from_pretrained(tmp_path).alpha_0 == 0.5
     settings = {"num_diffusion_steps": np.int64(2), "alpha_0": np.float32(1.0), "max_new_tokens": np.int32(4)}
-    assert model.generate(**settings).shape == (1, 4)
+    assert model.generate(**settings, lossless=np.bool_(True), do_sample=np.bool_(False)).shape == (1, 4)
     EsoGenerationConfig(**settings).save_pretrained(tmp_path)
     text = random_batch(model, 1, 4)
     assert model.log_likelihood(text, num_orders=np.int64(2), alpha_0=np.float32(0.5)).orders.shape == (1, 2, 4)
@@ -159,7 +170,9 @@ def test_another_default_type_changes_nothing(model):
     try:
         torch.set_default_dtype(torch.bfloat16)
         scores = model.log_likelihood(text, orders=orders).log_likelihood
-        assert model.generate(max_new_tokens=4, lossless=True).shape == (1, 4)
+        settings = {"return_dict_in_generate": True, "output_scores": True, "max_new_tokens": 4}
+        for decoding in ({}, {"lossless": True}):
+            assert model.generate(**settings, **decoding).scores.dtype == torch.float32
         assert model.nelbo(text).nelbo.dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
