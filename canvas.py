@@ -188,9 +188,8 @@ class StopWatcher:
         self.canvas, self.device = canvas, device
         known_or_given = zip(canvas.known, canvas.last_given, strict=True)
         self.asked = [max(known, last_given + 1) for known, last_given in known_or_given]
-        is_clock = [isinstance(criterion, MaxTimeCriteria) for criterion in self.stopping_criteria]
-        others = [one for one, is_one in zip(self.stopping_criteria, is_clock, strict=True) if not is_one]
-        self.is_satisfied = [self._stops_anyway(row, StoppingCriteriaList(others)) for row in range(canvas.batch)]
+        timeless = StoppingCriteriaList(one for one in self.stopping_criteria if not isinstance(one, MaxTimeCriteria))
+        self.is_satisfied = [self._stops_anyway(row, timeless) for row in range(canvas.batch)]
         for row, end in enumerate(self.asked):
             if self.is_satisfied[row]:
                 canvas.cut(row, min(end + 1, canvas.length))

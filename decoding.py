@@ -188,25 +188,20 @@ class Decoder:
 
     def _run_packed(self, feed: Feed) -> torch.FloatTensor:
         """Rows that advance apart: their slots one behind the other."""
-        rows = [row for row, count in enumerate(feed.num_fed) for _ in range(count)]
-        own = [slot for count in feed.num_fed for slot in range(count)]
+        padded, starts = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape), torch.tensor(feed.starts)
+        rows, own = (padded < torch.tensor(feed.num_fed)[:, None]).nonzero().unbind(dim=-1)
         first = list(accumulate(feed.num_fed, initial=0))
         kept = [first[row] + slot for row, slots in enumerate(feed.kept) for slot in slots]
         num_keys = [start + count for start, count in zip(feed.starts, feed.num_fed, strict=True)]
-        row_index, slot_index = torch.tensor(rows), torch.tensor(own)
-        input_ids, position_ids = feed.input_ids[row_index, slot_index], feed.position_ids[row_index, slot_index]
-        slots = slot_index + torch.tensor(feed.starts)[row_index]
-        device = self.model.device
-        rows_and_slots = torch.stack([row_index, slots])[:, None].to(device)
-        self.cache.keep(max(num_keys), SlotPlaces(*rows_and_slots, batch=len(feed.num_fed)))
-        padded = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape)
+        row_index, slot_index, cache_index = torch.stack([rows, own, own + starts[rows]]).to(self.model.device)
+        self.cache.keep(max(num_keys), SlotPlaces(row_index[None], cache_index[None], batch=len(feed.num_fed)))
         logits = self._forward(
             self.model,
-            input_ids[None],
-            position_ids[None],
-            self._wide_mask(feed, padded, torch.tensor(feed.starts)[:, None], max(num_keys)),
+            feed.input_ids[rows, own][None],
+            feed.position_ids[rows, own][None],
+            self._wide_mask(feed, padded, starts[:, None], max(num_keys)),
             torch.tensor(kept)[None],
-            packed_rows=PackedRows(feed.num_fed, num_keys),
+            packed_rows=PackedRows(feed.num_fed, num_keys, row_index, slot_index),
         )
         return logits[0].float()
 

@@ -277,8 +277,7 @@ class EsoGenerationMixin(GenerationMixin):
         if prompts is not None:
             require_token_ids(name, prompts, self.config.vocab_size)
             require_shape("attention_mask", kwargs.get("attention_mask"), tuple(prompts.shape))
-            if kwargs.get("attention_mask") is not None:
-                require_attention_mask(kwargs["attention_mask"])
+            require_attention_mask(kwargs.get("attention_mask"))
             prompts = prompts.long()
             if prompts.shape[1] == 0:
                 # transformers looks for padding at the end of each prompt: empty ones become samples of one.

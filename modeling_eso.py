@@ -776,17 +776,17 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         **kwargs,
     ) -> torch.Tensor:
         """Weighted cross entropy of a batch whose rows are in the diffusion or in the sequential phase."""
+        is_label = labels != -100
         if loss_weights is None:
             if input_ids is None:
                 raise ValueError("`loss_weights` must be given with `inputs_embeds`, which do not show the masks.")
             loss_weights = (input_ids == self.config.mask_token_id).float()
-            if not loss_weights[labels != -100].any():
+            if not loss_weights[is_label].any():
                 raise ValueError(
                     "None of the slots with `labels` holds a mask, so that there is nothing to predict: take "
                     "`DataCollatorForHybridMaskedDiffusion`, which masks the tokens and weighs the loss."
                 )
-        loss_weights = loss_weights.masked_fill(labels == -100, 0)
-        is_label = labels != -100
+        loss_weights = loss_weights.masked_fill(~is_label, 0)
         require_ids_of_vocabulary("labels", labels[is_label], self.config.vocab_size)
         if (labels[is_label] == self.config.mask_token_id).any():
             raise ValueError(
@@ -807,7 +807,7 @@ class EsoForMaskedDiffusion(EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoo
         cross_entropy = F.cross_entropy(logits, labels[rows, slots], reduction="none")
         total = (cross_entropy * loss_weights[rows, slots]).sum()
         if num_items_in_batch is None:
-            num_items_in_batch = (labels != -100).sum().clamp(min=1)
+            num_items_in_batch = is_label.sum().clamp(min=1)
         elif isinstance(num_items_in_batch, torch.Tensor):
             num_items_in_batch = num_items_in_batch.to(total.device)
         return total / num_items_in_batch

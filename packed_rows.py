@@ -22,10 +22,13 @@ class PackedRows:
     Args:
         num_slots: Slots of each row; they stand one behind the other.
         num_keys: Keys of each row, cached and fed, those of its slots last.
+        rows, slots: Of each packed slot, its row, and which of the slots of that row it is.
     """
 
     num_slots: list[int]
     num_keys: list[int]
+    rows: torch.LongTensor
+    slots: torch.LongTensor
 
     @cached_property
     def attend_apart(self) -> bool:
@@ -34,22 +37,11 @@ class PackedRows:
         padded = len(self.num_slots) * max(self.num_slots) * max(self.num_keys)
         return padded > MAX_PADDED_WORK * needed
 
-    @cached_property
-    def _place(self) -> torch.LongTensor:
-        most = max(self.num_slots)
-        return torch.tensor([row * most + slot for row, count in enumerate(self.num_slots) for slot in range(count)])
-
-    def pad(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.LongTensor]:
-        """From packed states (1, heads, slots, width) to (rows, heads, most slots of a row, width).
-
-        Returns:
-            The states, and for each packed slot its index among the padded ones.
-        """
-        most = max(self.num_slots)
-        place = self._place.to(states.device)
-        padded = states.new_zeros(len(self.num_slots) * most, *states.shape[1::2])
-        padded[place] = states[0].transpose(0, 1)
-        return padded.unflatten(0, (-1, most)).transpose(1, 2), place
+    def pad(self, states: torch.Tensor) -> torch.Tensor:
+        """From packed states (1, heads, slots, width) to (rows, heads, most slots of a row, width)."""
+        padded = states.new_zeros(len(self.num_slots), max(self.num_slots), *states.shape[1::2])
+        padded[self.rows, self.slots] = states[0].transpose(0, 1)
+        return padded.transpose(1, 2)
 
 
 def attend_packed(
@@ -74,9 +66,8 @@ def attend_packed(
         (1, slots of all rows, heads, width), None.
     """
     if not packed_rows.attend_apart:
-        padded, place = packed_rows.pad(query)
-        output, _ = attend(module, padded, key, value, attention_mask, **kwargs)
-        return output.flatten(0, 1)[place][None], None
+        output, _ = attend(module, packed_rows.pad(query), key, value, attention_mask, **kwargs)
+        return output[packed_rows.rows, packed_rows.slots][None], None
     outputs, start = [], 0
     for row, (count, keys) in enumerate(zip(packed_rows.num_slots, packed_rows.num_keys, strict=True)):
         own, slots = slice(row, row + 1), slice(start, start + count)

@@ -65,8 +65,10 @@ def require_zeros_and_ones(name: str, mask: torch.Tensor) -> None:
         )
 
 
-def require_attention_mask(mask: torch.Tensor) -> None:
-    """Raises a ValueError unless `mask` is 1 (real) or 0 (padding), and not an additive one of no padding at all."""
+def require_attention_mask(mask: torch.Tensor | None) -> None:
+    """Raises a ValueError unless `mask` is None, or 1 (real) or 0 (padding), and not an additive one of no padding."""
+    if mask is None:
+        return
     require_zeros_and_ones("attention_mask", mask)
     if mask.is_floating_point() and mask.numel() > 0 and _has_values(mask) and not mask.any():
         raise ValueError("`attention_mask` must be 1 at real tokens, and is 0 everywhere: is it an additive mask?")
