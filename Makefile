@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes of `make test`, of one thread each.
+WORKERS ?= 2
 # Of `make reproduce`: minutes, hours or gpu.
 SCALE ?= minutes
 # Of `make test-common`: the folder `tests` of transformers' repository (tests/transformers_common/README.md).
@@ -13,10 +15,10 @@ demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
 
 test: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS)
 
-test-all: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test-all: test
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
