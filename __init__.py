@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from .configuration_eso import EsoConfig
-from .data_collator import DataCollatorForHybridMaskedDiffusion
-from .generation import EsoGenerateOutput, EsoGenerationConfig, EsoGenerationMixin
-from .likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
+from .evaluation_likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
+from .generation import EsoGenerationMixin
+from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 from .modeling_eso import EsoForMaskedDiffusion, EsoModel
+from .training_collator import DataCollatorForHybridMaskedDiffusion
 
 if TYPE_CHECKING:
-    from .exponential_moving_average import ExponentialMovingAverageCallback
-    from .held_out_evaluation import HeldOutEvaluationCallback
+    from .training_callbacks import ExponentialMovingAverageCallback, HeldOutEvaluationCallback
 
 AutoConfig.register(EsoConfig.model_type, EsoConfig)
 for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
@@ -39,16 +39,13 @@ __all__ = [
     "HeldOutEvaluationCallback",
 ]
 
-MODULES_OF_CALLBACKS = {
-    "ExponentialMovingAverageCallback": "exponential_moving_average",
-    "HeldOutEvaluationCallback": "held_out_evaluation",
-}
+CALLBACKS = ("ExponentialMovingAverageCallback", "HeldOutEvaluationCallback")
 
 
 def __getattr__(name: str):
-    if name not in MODULES_OF_CALLBACKS:
+    if name not in CALLBACKS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{MODULES_OF_CALLBACKS[name]}", __name__), name)
+    return getattr(import_module(".training_callbacks", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -181,6 +181,17 @@ def order_of_slots(group: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
     return by_rank.gather(-1, by_group)
 
 
+def clean_masked_padding(is_masked: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
+    """The group of every slot in text order, (batch, slots): 0 clean, 1 masked, 2 padding, from two masks of bool."""
+    return is_masked.long().masked_fill(~is_real, 2)
+
+
+def clean_first_order(group: torch.Tensor) -> torch.Tensor:
+    """The order clean, masked, padding, each left to right, given the `group` of every slot, (batch, slots)."""
+    rank = torch.arange(group.shape[1], dtype=torch.float64, device=group.device).expand(group.shape)
+    return order_of_slots(group, rank)
+
+
 def text_positions(is_real: torch.Tensor) -> torch.Tensor:
     """Text position of every slot of a padded batch, `is_real` (batch, slots) bool; padding gets a neighbour's."""
     return (is_real.long().cumsum(dim=-1) - 1).clamp(min=0)

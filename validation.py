@@ -21,6 +21,24 @@ def to_python(value):
     return value.item() if isinstance(value, np.generic) else value
 
 
+def require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    """Raises a ValueError unless one of the two is given, and not the other."""
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
+
+
+def require_slots(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
+    """Raises a ValueError unless one of the two is given, with a slot at least; returns its shape (batch, slots)."""
+    require_exactly_one(input_ids, inputs_embeds)
+    if input_ids is not None and input_ids.dim() != 2:
+        raise ValueError(f"`input_ids` must have the shape (batch, slots), got {tuple(input_ids.shape)}.")
+    tokens = input_ids if input_ids is not None else inputs_embeds
+    if tokens.numel() == 0:
+        raise ValueError(f"The input must hold at least one slot, got shape {tuple(tokens.shape)}.")
+    return tuple(tokens.shape[:2])
+
+
 def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
     """Raises a ValueError unless `tensor` is None or of the given shape."""
     if tensor is None:

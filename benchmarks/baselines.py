@@ -10,9 +10,9 @@ from contextlib import contextmanager
 import torch
 
 from eso_lm import EsoForMaskedDiffusion
-from eso_lm.cache import PreallocatedCache
+from eso_lm.generation_cache import PreallocatedCache
+from eso_lm.generation_sampling import draw_tokens, draw_uniform
 from eso_lm.noise_schedule import sample_unmasking_counts
-from eso_lm.sampling import draw_tokens, draw_uniform
 
 
 def draw(logits: torch.Tensor) -> torch.LongTensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
-from eso_lm.cache import PreallocatedCache
+from eso_lm.generation_cache import PreallocatedCache
 
 
 @torch.no_grad()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
-from eso_lm.cache import PreallocatedCache
+from eso_lm.generation_cache import PreallocatedCache
 
 
 def synchronize(device: str) -> None:

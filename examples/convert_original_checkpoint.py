@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
-from eso_lm.model_card import model_card
+from eso_lm.hub import model_card
 from eso_lm.modeling_eso import EsoRotaryEmbedding
 
 Tensors = dict[str, torch.Tensor]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import random_batch, randomized_model
 from torch.distributions import Categorical
 
-from eso_lm.sampling import select_tokens
+from eso_lm.generation_sampling import select_tokens
 
 MASK = 23
 

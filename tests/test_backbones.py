@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModel, AutoModelForCausalLM, DynamicCache
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
-from eso_lm.backbone import verify_backbone
+from eso_lm.modeling_backbone import verify_backbone
 
 KINDS = ["llama", "qwen3", "gpt2", "qwen3_moe", "mixtral", "mistral", "phi", "gpt_neox", "opt", "deepseek_v3"]
 DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion
-from eso_lm.linear import MAX_DECODED_SLOTS, FewRowLinear, fast_products_of_few_rows
-from eso_lm.modeling_eso import MAX_QUERIES_TRANSPOSED, EsoModulation, eager_attention_forward
+from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
+from eso_lm.modeling_eso import EsoModulation
+from eso_lm.modeling_inference import MAX_DECODED_SLOTS, FewRowLinear, fast_products_of_few_rows
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ from tiny_models import random_batch, randomized_model
 from transformers import GenerationConfig, LogitsProcessor
 
 from eso_lm import EsoGenerationConfig
-from eso_lm.sampling import draw_tokens
+from eso_lm.generation_sampling import draw_tokens
 
 MASK = 23
 

@@ -22,8 +22,8 @@ from transformers.generation import BaseStreamer
 from transformers.generation import logits_process as standard
 
 from eso_lm import EsoForMaskedDiffusion
-from eso_lm.canvas import Canvas
-from eso_lm.logits_process import for_slots, process_logits
+from eso_lm.generation_canvas import Canvas
+from eso_lm.generation_logits_process import for_slots, process_logits
 
 MASK = 23
 ORDERS = ["random", "left_to_right"]
@@ -462,7 +462,7 @@ def test_a_criterion_that_the_prompt_fulfils_stops_after_one_token(alpha_0, batc
 
 
 def test_the_progress_bar_ends_at_its_end(monkeypatch):
-    from eso_lm import generation
+    from eso_lm import generation_observers
 
     bars = []
 
@@ -477,7 +477,7 @@ def test_the_progress_bar_ends_at_its_end(monkeypatch):
         def close(self):
             pass
 
-    monkeypatch.setattr(generation, "tqdm", Bar)
+    monkeypatch.setattr(generation_observers, "tqdm", Bar)
     model = randomized_model()
     model.lm_head.bias.data[7] = 50.0  # every token is the end of text
     generate(model, alpha_0=0.0, eos_token_id=7, pad_token_id=9)

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny_models import random_batch, randomized_model
 from transformers import LogitsProcessor
 
-from eso_lm import lossless
+from eso_lm import generation_lossless
+from eso_lm.generation_lossless import DRAFT_LENGTHS, DraftLength, tokens_for_time
 from eso_lm.generation_order import plan_generation
-from eso_lm.lossless import DRAFT_LENGTHS, DraftLength, tokens_for_time
 
 VOCAB, LENGTH, SAMPLES = 3, 4, 2500
 
@@ -121,7 +121,7 @@ def test_tokens_drawn_in_parallel_do_not(language):
 )
 def test_broken_rules_are_noticed(language, monkeypatch, name, broken):
     exact = one_token_probabilities(language, [0, 1, 2, 3])
-    monkeypatch.setattr(lossless, name, broken)
+    monkeypatch.setattr(generation_lossless, name, broken)
     assert chi_square(draw(language, 4, unmasking_order="left_to_right"), exact) > 8
 
 
@@ -336,8 +336,8 @@ def test_expected_tokens_of_a_draft(rate, length):
         # The accepted ones, the one in place of a refused one, and the first of the next draft.
         tokens += probability * (accepted + is_refused + 1)
         width = 3 * length - 1
-        forwards += probability * (1 + lossless.COST_OF_A_SLOT * width)
-        forwards += probability * is_refused * (1 + lossless.COST_OF_A_SLOT * (length + 1))
+        forwards += probability * (1 + generation_lossless.COST_OF_A_SLOT * width)
+        forwards += probability * is_refused * (1 + generation_lossless.COST_OF_A_SLOT * (length + 1))
     assert tokens_for_time(rate, length) == pytest.approx(tokens / forwards)
 
 

@@ -133,7 +133,7 @@ def test_positions_matter_and_are_no_borders_of_packed_sequences(model, slots, t
 @torch.no_grad()
 def test_cached_steps_equal_one_pass(model, slots, tolerance, make_cache):
     """Feeds masks, drops their keys and values, feeds the tokens: the logits are those of a pass from scratch."""
-    from eso_lm.cache import PreallocatedCache
+    from eso_lm.generation_cache import PreallocatedCache
 
     clean, order = random_batch(model, 3, 12), slots[1]
     cache = DynamicCache() if make_cache else PreallocatedCache(model.config.num_hidden_layers, 12)
@@ -219,7 +219,7 @@ def test_hidden_states_and_attentions_come_in_the_layout_of_the_input():
         torch.testing.assert_close(states[:, order[0]], expected)
     for weights, expected in zip(outputs.attentions, in_order.attentions, strict=True):
         torch.testing.assert_close(weights[:, :, order[0]][..., order[0]], expected)
-    torch.testing.assert_close(outputs.logits, model._logits(outputs.hidden_states[-1]))
+    torch.testing.assert_close(outputs.logits, model.compute_logits(outputs.hidden_states[-1]))
 
 
 def brute_force_sequential_nll(model, clean, order, is_queried) -> torch.Tensor:
@@ -395,7 +395,7 @@ def test_backbone_is_a_decoder_of_its_own(tmp_path):
     backbone = EsoModel.from_pretrained(tmp_path).eval()
     ids, order = random_batch(model, 2, 6), random_orders(2, 6)
     states = backbone(ids, position_ids=order).last_hidden_state
-    torch.testing.assert_close(model._logits(states), model(ids, position_ids=order).logits)
+    torch.testing.assert_close(model.compute_logits(states), model(ids, position_ids=order).logits)
     cached = backbone(ids[:, :4], use_cache=True)
     rest = backbone(ids[:, 4:], past_key_values=cached.past_key_values).last_hidden_state
     torch.testing.assert_close(rest, backbone(ids).last_hidden_state[:, 4:], atol=1e-5, rtol=1e-5)

@@ -8,7 +8,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from tiny_models import randomized_model
 from transformers.utils.hub import PushToHubMixin
 
-from eso_lm.model_card import TAGS
+from eso_lm.hub import TAGS
 
 
 def check_card(card: ModelCard, title: str) -> None:

@@ -9,7 +9,7 @@ from convert_original_checkpoint import convert, convert_back
 from safetensors.torch import load_file
 from transformers import AutoModel, DynamicCache
 
-from eso_lm.cache import PreallocatedCache
+from eso_lm.generation_cache import PreallocatedCache
 from eso_lm.noise_schedule import nelbo_weight
 
 REFERENCE = Path(__file__).parent / "reference"

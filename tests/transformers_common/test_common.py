@@ -109,12 +109,12 @@ class EsoModelTest(CausalLMModelTest, unittest.TestCase):
 
     def test_batching_equivalence(self, *args, **kwargs):
         # It takes infinities for errors; the logit of the mask is one.
-        compute_logits = EsoForMaskedDiffusion._logits
+        compute_logits = EsoForMaskedDiffusion.compute_logits
 
         def finite_logits(model, hidden_states):
             return compute_logits(model, hidden_states).clamp(min=-100)
 
-        with mock.patch.object(EsoForMaskedDiffusion, "_logits", finite_logits):
+        with mock.patch.object(EsoForMaskedDiffusion, "compute_logits", finite_logits):
             super().test_batching_equivalence(*args, **kwargs)
 
     # These ask for a claim before they try: that `generate` compiles without a break, which it does by the step only.

@@ -6,32 +6,24 @@ slots (sliding windows, ALiBi), carry a state from slot to slot (recurrent layer
 """
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import BlockMask, sdpa_mask
+from transformers.masking_utils import BlockMask
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
-from .attention_mask import make_attention_mask
 from .configuration_eso import LENGTH_DEPENDENT_ROPE_TYPES
-from .packed_rows import PackedRows, attend_packed
+from .modeling_attention import GROUPED_SDPA, make_attention_mask
 
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
-GROUPED_SDPA = "eso_grouped_sdpa"
-"""The name of `grouped_sdpa_attention_forward` among transformers' attention implementations."""
+OTHER_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"packed_rows", "token_type_ids"}
+"""What a backbone takes beside the arguments that it needs: transformers' own, rows of a decoding step that stand one
+behind the other, and what tokenizers of BERT's kind add to every text."""
 
 
 def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
@@ -103,6 +95,22 @@ def require_full_causal_attention(config: PreTrainedConfig) -> None:
         )
 
 
+def require_known_arguments(kwargs: dict) -> None:
+    """Raises a ValueError for arguments of a forward that no backbone has a use for, such as those of a loss."""
+    unknown = sorted(set(kwargs) - OTHER_ARGUMENTS)
+    if unknown:
+        raise ValueError(
+            f"The backbone has no use for the arguments {unknown}: the loss of an Eso-LM is that of "
+            f"`EsoForMaskedDiffusion.forward`, and what calls the backbone for another trains something else."
+        )
+
+
+def name_of_embedding(backbone: PreTrainedModel) -> str:
+    """The name of the weight of the input embeddings."""
+    weight = backbone.get_input_embeddings().weight
+    return next(name for name, parameter in backbone.named_parameters() if parameter is weight)
+
+
 def learned_positions(decoder: PreTrainedModel) -> int | None:
     """The number of positions for which a decoder has learned embeddings; None if it computes them for any."""
     embeddings = decoder.get_input_embeddings()
@@ -125,7 +133,11 @@ def run_backbone(
 
     Left to itself a decoder would read jumps of the positions as borders of packed sequences, so it always gets a
     mask that says otherwise.
+
+    Raises:
+        ValueError: for arguments that it has no use for.
     """
+    require_known_arguments(kwargs)
     tokens = input_ids if input_ids is not None else inputs_embeds
     batch, num_slots = tokens.shape[:2]
     if kwargs.get("packed_rows") is None:
@@ -178,60 +190,6 @@ def _mask_for(
         return attention_mask
     lowest = torch.finfo(decoder.dtype).min
     return torch.zeros(attention_mask.shape, dtype=decoder.dtype, device=device).masked_fill(~attention_mask, lowest)
-
-
-def grouped_sdpa_attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    packed_rows: PackedRows | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
-
-    There it repeats them for every head of a group: in a decoding step the whole cache. Here the heads of a group are
-    further queries of the same keys. Rows may be packed.
-    """
-    if packed_rows is not None:
-        kwargs |= {"dropout": dropout, "scaling": scaling}
-        attend = grouped_sdpa_attention_forward
-        return attend_packed(attend, module, query, key, value, attention_mask, packed_rows, **kwargs)
-    batch, num_heads, slots, width = query.shape
-    groups = num_heads // key.shape[1]
-    is_plain = attention_mask is not None and attention_mask.shape[1] == 1
-    if groups == 1 or not is_plain or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    output = F.scaled_dot_product_attention(
-        query.reshape(batch, key.shape[1], groups * slots, width),
-        key,
-        value,
-        attn_mask=attention_mask.repeat(1, 1, groups, 1),
-        dropout_p=dropout,
-        scale=scaling,
-    )
-    return output.reshape(batch, num_heads, slots, -1).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(GROUPED_SDPA, grouped_sdpa_attention_forward)
-AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
-
-
-@contextmanager
-def grouped_attention(decoder: PreTrainedModel) -> Iterator[None]:
-    """Lets a decoder with sdpa attention use `grouped_sdpa_attention_forward`, for as long as the context lasts."""
-    implementation = decoder.config._attn_implementation
-    if implementation == "sdpa":
-        decoder.config._attn_implementation = GROUPED_SDPA
-    try:
-        yield
-    finally:
-        decoder.config._attn_implementation = implementation
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as standard
 
-from .canvas import Canvas
+from .generation_canvas import Canvas
 
 # These look at the scores only, so that the text need not be gathered for them.
 TEXT_FREE_PROCESSORS = (

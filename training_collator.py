@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from .configuration_eso import EsoConfig
 from .generation_order import order_of_slots, text_positions
+from .modeling_objective import IGNORED_LABEL
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
 from .validation import is_integer, is_number, require_zeros_and_ones
-
-IGNORED_LABEL = -100
 
 
 @dataclass

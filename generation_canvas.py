@@ -5,10 +5,9 @@ on which text is known (end of text, stopping criteria, streamers, the context o
 """
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
-from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+from transformers.cache_utils import Cache
 
-from .cache import CachedText
+from .generation_cache import CachedText, PreallocatedCache
 from .generation_order import text_positions
 
 
@@ -165,111 +164,59 @@ class Canvas:
         return tokens.masked_fill(self.is_behind_end(), self.pad_token_id)
 
 
-class StopWatcher:
-    """Asks stopping criteria about the text known from the left, as they would see it in left-to-right decoding.
+def take_over_cache(given: Cache, cache: PreallocatedCache, canvas: Canvas) -> None:
+    """Has `cache` begin with what another one holds of the given tokens of the canvas.
 
-    Before the first forward they get the prompt, its last token masked. Who says stop to that (but for `max_time`)
-    would say so to any text: as in transformers, one token follows, and the row ends there. After every forward they
-    first get the text that they have let pass, again with its last token masked. Whoever says stop to that, be it a
-    clock or a cancel button, stops the row as it is, and what is open stays masked. Then they get the text once for
-    each token that has joined it. Who says stop to that has seen something in the text: it ends there, and later
-    columns become padding. Rows come one at a time, without scores.
-
-    Args:
-        stopping_criteria: Those of `generate`; what the canvas sees to itself (length, end of text) is left out.
-        canvas: The text.
-        device: Where the criteria get it.
+    Raises:
+        ValueError: when that is anything else.
     """
-
-    def __init__(self, stopping_criteria: StoppingCriteriaList, canvas: Canvas, device: torch.device):
-        self.stopping_criteria = StoppingCriteriaList(
-            criterion for criterion in stopping_criteria if not _is_redundant(criterion, canvas)
+    if not all(getattr(layer, "keys", None) is not None for layer in given.layers):
+        raise ValueError(f"`past_key_values` must be a cache of keys and values, got {type(given).__name__}.")
+    if getattr(given, "is_stale", False):
+        raise ValueError("`past_key_values` has been written to since `generate` returned it: pass a copy as it was.")
+    text = getattr(given, "text", None)
+    length = given.get_seq_length() if text is None else min(max(text.lengths), given.get_seq_length())
+    rows = len(given.layers[0].keys)
+    if canvas.batch % rows != 0 or length > canvas.prompt_length:
+        raise ValueError(
+            f"`past_key_values` holds {rows} rows of up to {length} tokens, which are not those of `input_ids`: "
+            f"{canvas.batch} rows (with the samples of each) of {canvas.prompt_length}. Pass the whole text as "
+            f"`input_ids`, what is cached and what is new."
         )
-        self.canvas, self.device = canvas, device
-        known_or_given = zip(canvas.known, canvas.last_given, strict=True)
-        self.asked = [max(known, last_given + 1) for known, last_given in known_or_given]
-        timeless = StoppingCriteriaList(one for one in self.stopping_criteria if not isinstance(one, MaxTimeCriteria))
-        self.is_satisfied = [self._stops_anyway(row, timeless) for row in range(canvas.batch)]
-        for row, end in enumerate(self.asked):
-            if self.is_satisfied[row]:
-                canvas.cut(row, min(end + 1, canvas.length))
-
-    def update(self) -> None:
-        """Asks about every row that goes on."""
-        if not self.stopping_criteria:
-            return
-        canvas = self.canvas
-        for row in range(canvas.batch):
-            if canvas.is_stopped[row] or self.is_satisfied[row]:
-                continue
-            if self._stops_anyway(row, self.stopping_criteria):
-                canvas.stop(row, canvas.end[row])
-                continue
-            known = min(canvas.known[row], canvas.end[row])
-            for end in range(self.asked[row] + 1, known + 1):
-                if self._says_stop(row, end):
-                    canvas.stop(row, end)
-                    break
-            self.asked[row] = max(self.asked[row], known)
-
-    def _stops_anyway(self, row: int, criteria: StoppingCriteriaList) -> bool:
-        """Whether the text is to stop that has been let pass, whatever its last token is."""
-        if not criteria or self.canvas.length == 0:
-            return False
-        text = self._text(row, max(self.asked[row], 1))
-        text[:, -1] = self.canvas.mask_token_id
-        return bool(criteria(text, None).all())
-
-    def _says_stop(self, row: int, end: int) -> bool:
-        return bool(self.stopping_criteria(self._text(row, end), None).all())
-
-    def _text(self, row: int, end: int) -> torch.LongTensor:
-        return self.canvas.tokens[row : row + 1, :end].to(self.device, copy=True)
-
-
-def _is_redundant(criterion: StoppingCriteria, canvas: Canvas) -> bool:
-    if isinstance(criterion, MaxLengthCriteria):
-        return criterion.max_length >= canvas.length
-    return isinstance(criterion, EosTokenCriteria) and set(criterion.eos_token_id.tolist()) <= set(
-        canvas.eos_token_ids
+    repeats = canvas.batch // rows
+    if text is None:
+        # A cache of a plain forward holds the first tokens of each row.
+        if not canvas.is_real[:, :length].all():
+            raise ValueError("`past_key_values` of a forward must hold no padding, and `attention_mask` has some.")
+        positions = torch.arange(length).expand(rows, -1)
+        text = CachedText(canvas.tokens[::repeats, :length], positions, [length] * rows)
+    canvas.take_cached(
+        CachedText(
+            text.tokens.repeat_interleave(repeats, dim=0),
+            text.positions.repeat_interleave(repeats, dim=0),
+            [min(count, length) for count in text.lengths for _ in range(repeats)],
+        )
     )
+    cache.copy_from(given, length, repeats)
 
 
-class TextFeed(BaseStreamer):
-    """Feeds a streamer of transformers: text as soon as all to its left is known, drafts of the rest.
+def note_text(
+    cache: Cache | None, canvas: Canvas, order: torch.LongTensor, num_cached: list[int]
+) -> PreallocatedCache | None:
+    """The cache, of as many slots as a later call can go on from: those before the first that is not in the text.
 
     Args:
-        streamer: Gets the prompt first, up to its first hole, then tokens from left to right. If it has `put_draft`
-            ([`TextDiffusionStreamer`] has), that gets the rest of the text after every forward, masks included.
+        cache: That of `generate`; only a [`PreallocatedCache`] can be gone on from.
+        canvas: The text.
+        order: (batch, length), the column of the token at each slot.
+        num_cached: Of each row, the slots in front that are cached.
     """
-
-    def __init__(self, streamer: BaseStreamer):
-        self.streamer = streamer
-
-    def put(self, value: torch.LongTensor) -> None:
-        """Takes the prompt from transformers' `generate`, which does not know about holes: `start` passes it on."""
-
-    def start(self, canvas: Canvas) -> None:
-        """Sends what is known at the beginning.
-
-        Raises:
-            ValueError: when there are several rows.
-        """
-        if canvas.batch != 1:
-            raise ValueError(f"`streamer` takes one text, got a batch of {canvas.batch} (with the samples of each).")
-        self.canvas = canvas
-        self.sent = min(canvas.known[0], canvas.prompt_length)
-        self.streamer.put(canvas.tokens[:, : self.sent])
-        self.update()
-
-    def update(self) -> None:
-        """Sends what has become known since the last call."""
-        known, end = min(self.canvas.known[0], self.canvas.end[0]), self.canvas.end[0]
-        if known > self.sent:
-            self.streamer.put(self.canvas.tokens[0, self.sent : known])
-            self.sent = known
-        if hasattr(self.streamer, "put_draft") and known < end:
-            self.streamer.put_draft(self.canvas.tokens[:, known:end])
-
-    def end(self) -> None:
-        self.streamer.end()
+    if not isinstance(cache, PreallocatedCache):
+        return None
+    is_void = canvas.is_void().gather(1, order)
+    before_void = (is_void.long().cumsum(dim=-1) == 0).sum(dim=-1).tolist()
+    lengths = [min(cached, count) for cached, count in zip(num_cached, before_void, strict=True)]
+    slots = order[:, : max(lengths)]
+    cache.text = CachedText(canvas.tokens.gather(1, slots), canvas.text_positions.gather(1, slots), lengths)
+    cache.keep(max(lengths))
+    return cache

@@ -1,10 +1,13 @@
-"""Linear layers whose products of a few rows run at the speed of memory on the CPU."""
+"""A model that is ready to decode: what forwards of a few slots gain from weights that do not change meanwhile."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from .modeling_attention import GROUPED_SDPA, grouped_attention
+from .modeling_modulation import folded_modulations
 
 MAX_DECODED_SLOTS = 64
 """Slots up to which a forward on top of a cache counts as a decoding step."""
@@ -54,3 +57,35 @@ def fast_products_of_few_rows(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.__class__ = nn.Linear
+
+
+class EsoInferenceMixin:
+    """Lets an Eso-LM be made ready to decode, for as long as a context lasts."""
+
+    is_ready_to_decode = False
+
+    @contextmanager
+    def ready_to_decode(self) -> Iterator[None]:
+        """Makes forwards of a few slots fast, as `generate` does; the weights must not change inside.
+
+        Every shift, scale and gate is computed once, and products of few rows run at the speed of memory on the CPU.
+        """
+        if self.is_ready_to_decode:
+            yield
+            return
+        is_own = self.config.backbone_config is None
+        fast_network = folded_modulations(self.model) if is_own else grouped_attention(self.model)
+        self.is_ready_to_decode = True
+        try:
+            with fast_network, fast_products_of_few_rows(self):
+                yield
+        finally:
+            self.is_ready_to_decode = False
+
+    @property
+    def takes_packed_rows(self) -> bool:
+        """Whether the attention can tell rows apart that stand one behind the other, while `ready_to_decode`."""
+        implementation = self.model.config._attn_implementation
+        if self.config.backbone_config is None:
+            return implementation != "flex_attention"
+        return implementation == GROUPED_SDPA

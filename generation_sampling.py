@@ -1,8 +1,25 @@
-"""Drawing tokens, and deciding which of them to keep, as pure functions on tensors."""
+"""Drawing tokens, and deciding which of them to keep."""
 
 import torch
+import torch.nn.functional as F
+from transformers import LogitsProcessor
+
+from .generation_canvas import Canvas
+from .generation_logits_process import TEXT_FREE_PROCESSORS, SlotProcessor, process_logits
 
 Generators = torch.Generator | list[torch.Generator] | None
+
+
+def require_generators(generator: Generators, batch: int) -> None:
+    """Raises a ValueError unless `generator` is None, a torch.Generator, or a list with one for each row."""
+    generators = generator if isinstance(generator, list) else [generator]
+    if generator is not None and not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"`generator` must be a torch.Generator, or a list of them, got {generator!r}.")
+    if isinstance(generator, list) and len(generator) != batch:
+        raise ValueError(
+            f"`generator` must hold one torch.Generator for each of the {batch} rows (with the samples of each "
+            f"prompt), got {len(generator)}."
+        )
 
 
 def draw_uniform(counts: list[int], generator: Generators, device: torch.device) -> torch.Tensor:
@@ -79,3 +96,59 @@ def select_tokens(
         is_kept = ascending.cumsum(dim=-1) - ascending <= entropy_bound
     is_kept[:, 0] = True
     return torch.empty_like(is_kept).scatter(-1, ranked, is_kept)[rows, candidates]
+
+
+class TokenSampler:
+    """How a token is chosen: logits processors, then a draw, or the most probable one.
+
+    Args:
+        processors: From `for_slots`.
+        is_greedy: Whether the most probable token is taken.
+        generator: Source of randomness; None: torch's global one; a list: one for each row.
+        mask_token_id: Which is never chosen.
+    """
+
+    def __init__(
+        self,
+        processors: list[LogitsProcessor | SlotProcessor],
+        is_greedy: bool,
+        generator: Generators,
+        mask_token_id: int,
+    ):
+        self.processors, self.is_greedy = processors, is_greedy
+        self.generator, self.mask_token_id = generator, mask_token_id
+        self.looks_at_text = not all(type(processor) in TEXT_FREE_PROCESSORS for processor in processors)
+
+    def process(
+        self, logits: torch.FloatTensor, canvas: Canvas, rows: list[int], columns: list[int]
+    ) -> torch.FloatTensor:
+        """The scores (slots, vocab) to choose from, at (rows, columns) of the canvas; the logits stay as they are."""
+        if not self.processors:
+            return logits
+        scores = process_logits(self.processors, logits.clone(), canvas, rows, columns)  # they may work in place
+        scores[:, self.mask_token_id] = -torch.inf
+        return scores
+
+    def probabilities(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """The distribution (slots, vocab) of the token: softmax of the scores, or all on the largest one."""
+        if not self.is_greedy:
+            return scores.softmax(dim=-1)
+        return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
+
+    def uniform(self, counts: list[int], device: torch.device) -> torch.Tensor:
+        """`counts[r]` uniform numbers for row r."""
+        return draw_uniform(counts, self.generator, device)
+
+
+def is_drawable(scores: torch.FloatTensor) -> torch.BoolTensor:
+    """(slots,): whether there is a token to draw."""
+    return scores.amax(dim=-1).isfinite()
+
+
+def require_drawable(is_drawable: list[float]) -> None:
+    """Raises a ValueError if some slot has no token to draw."""
+    if not all(is_drawable):
+        raise ValueError(
+            "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an overflow in "
+            "the model (float16?) or for a `logits_processor` that forbids everything."
+        )

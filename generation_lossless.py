@@ -9,9 +9,9 @@ from itertools import accumulate
 
 import torch
 
-from .canvas import Canvas
-from .decoding import Decisions, DecodingStrategy, Feed, TokenSampler, is_drawable, require_drawable
-from .sampling import draw_by_weight
+from .generation_canvas import Canvas
+from .generation_decoding import Decisions, DecodingStrategy, Feed
+from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """What `draft_length="auto"` chooses from."""

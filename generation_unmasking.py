@@ -5,10 +5,18 @@ from itertools import accumulate
 
 import torch
 
-from .canvas import Canvas
-from .decoding import Decisions, DecodingStrategy, Feed, TokenSampler, is_drawable, require_drawable
+from .generation_canvas import Canvas
+from .generation_decoding import Decisions, DecodingStrategy, Feed
 from .generation_order import order_of_slots, plan_generation
-from .sampling import Generators, draw_tokens, on_cpu, select_tokens
+from .generation_sampling import (
+    Generators,
+    TokenSampler,
+    draw_tokens,
+    is_drawable,
+    on_cpu,
+    require_drawable,
+    select_tokens,
+)
 
 
 def plan_rows(

@@ -1,4 +1,4 @@
-"""What a decoding step is made of: slots fed on top of the cache, a forward, and the tokens chosen from its logits."""
+"""A decoding step: slots fed on top of the cache, a forward, and the tokens that are decided with its logits."""
 
 import math
 from abc import ABC, abstractmethod
@@ -7,17 +7,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
-from transformers import LogitsProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import BlockMask
 
-from .attention_mask import make_attention_mask
-from .cache import PreallocatedCache, SlotPlaces
-from .canvas import Canvas
-from .logits_process import TEXT_FREE_PROCESSORS, SlotProcessor, process_logits
-from .packed_rows import PackedRows
-from .sampling import Generators, draw_uniform
+from .generation_cache import PreallocatedCache, SlotPlaces
+from .modeling_attention import PackedRows, make_attention_mask
 
 MAX_COMPILED_SLOTS = 128
 """Slots of a row up to which a step on a static cache is rounded up to a power of two of them and may be compiled."""
@@ -86,62 +81,6 @@ class DecodingStrategy(ABC):
     def statistics(self) -> dict[str, list[int]]:
         """What else `generate` reports of each row, by the names of [`EsoGenerateOutput`]."""
         return {}
-
-
-class TokenSampler:
-    """How a token is chosen: logits processors, then a draw, or the most probable one.
-
-    Args:
-        processors: From `for_slots`.
-        is_greedy: Whether the most probable token is taken.
-        generator: Source of randomness; None: torch's global one; a list: one for each row.
-        mask_token_id: Which is never chosen.
-    """
-
-    def __init__(
-        self,
-        processors: list[LogitsProcessor | SlotProcessor],
-        is_greedy: bool,
-        generator: Generators,
-        mask_token_id: int,
-    ):
-        self.processors, self.is_greedy = processors, is_greedy
-        self.generator, self.mask_token_id = generator, mask_token_id
-        self.looks_at_text = not all(type(processor) in TEXT_FREE_PROCESSORS for processor in processors)
-
-    def process(
-        self, logits: torch.FloatTensor, canvas: Canvas, rows: list[int], columns: list[int]
-    ) -> torch.FloatTensor:
-        """The scores (slots, vocab) to choose from, at (rows, columns) of the canvas; the logits stay as they are."""
-        if not self.processors:
-            return logits
-        scores = process_logits(self.processors, logits.clone(), canvas, rows, columns)  # they may work in place
-        scores[:, self.mask_token_id] = -torch.inf
-        return scores
-
-    def probabilities(self, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """The distribution (slots, vocab) of the token: softmax of the scores, or all on the largest one."""
-        if not self.is_greedy:
-            return scores.softmax(dim=-1)
-        return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
-
-    def uniform(self, counts: list[int], device: torch.device) -> torch.Tensor:
-        """`counts[r]` uniform numbers for row r."""
-        return draw_uniform(counts, self.generator, device)
-
-
-def is_drawable(scores: torch.FloatTensor) -> torch.BoolTensor:
-    """(slots,): whether there is a token to draw."""
-    return scores.amax(dim=-1).isfinite()
-
-
-def require_drawable(is_drawable: list[float]) -> None:
-    """Raises a ValueError if some slot has no token to draw."""
-    if not all(is_drawable):
-        raise ValueError(
-            "No token can be drawn: the scores of a slot are NaN, or -inf for every token. Look for an overflow in "
-            "the model (float16?) or for a `logits_processor` that forbids everything."
-        )
 
 
 class Decoder:

@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from transformers.utils import ModelOutput
 from transformers.utils.logging import tqdm
 
-from .cache import PreallocatedCache
-from .decoding import Decoder, Feed
+from .generation_cache import PreallocatedCache
+from .generation_decoding import Decoder, Feed
 from .generation_order import order_of_slots, order_probability, sample_scoring_orders, text_positions
+from .generation_sampling import on_cpu
+from .modeling_objective import states_at
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
-from .sampling import on_cpu
 from .validation import is_integer, is_number, require_mask, require_token_ids
 
 MAX_ENUMERATED_TOKENS = 8
@@ -339,7 +340,8 @@ class EsoLikelihoodMixin:
         """In one forward: rows and slots that are wanted, log p of their targets, whether none is more probable."""
         device = self.device
         labels = targets.to(device)
-        states, rows, slots = self._states_at(
+        states, rows, slots = states_at(
+            self,
             is_wanted.to(device),
             input_ids.to(device),
             None,
@@ -352,7 +354,7 @@ class EsoLikelihoodMixin:
         log_probs, hits = [], []
         for part in torch.arange(len(states)).split(max(1, LOGITS_AT_A_TIME // self.config.vocab_size)):
             part = slice(int(part[0]), int(part[-1]) + 1)
-            logits = self._logits(states[part]).float()
+            logits = self.compute_logits(states[part]).float()
             log_probs.append(-F.cross_entropy(logits, labels[part], reduction="none"))
             hits.append(logits.argmax(dim=-1) == labels[part])
         return rows.cpu(), slots.cpu(), torch.cat(log_probs).cpu(), torch.cat(hits).cpu()

@@ -1,10 +1,12 @@
-"""The model card of a saved Eso-LM: the README.md that the Hub shows."""
+"""Saved folders of an Eso-LM: they hold the code, and a model card, the README.md that the Hub shows."""
 
+import os
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
 from .configuration_eso import EsoConfig
+from .generation_configuration import EsoGenerationConfig
 
 TAGS = ["eso-lm", "masked-diffusion", "diffusion-language-model", "any-order", "parallel-decoding", "custom_code"]
 
@@ -66,3 +68,39 @@ def write_model_card(folder: Path, config: EsoConfig, title: str) -> None:
     path = folder / "README.md"
     if not path.exists() or "has been automatically generated" in path.read_text(encoding="utf-8"):
         model_card(config, title).save(path)
+
+
+class EsoHubMixin:
+    """Saves a model so that its folder loads anywhere, and is ready for `push_to_hub`."""
+
+    _auto_classes = ("AutoModel",)
+    """The Auto classes that a saved folder loads through with `trust_remote_code=True`."""
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+        """Saves weights, configurations and the code, so that the folder loads with `trust_remote_code=True`.
+
+        Args:
+            save_directory: The folder.
+            kwargs: As for every model of transformers.
+
+        Raises:
+            ValueError: for a `generation_config` that could not be loaded again.
+        """
+        if isinstance(getattr(self, "generation_config", None), EsoGenerationConfig):
+            self.generation_config.check_loadable()
+        # transformers records the one Auto class that a model class is registered for; users come through several.
+        self.config.auto_map = {"AutoConfig": _module_and_name(type(self.config))} | {
+            auto_class: _module_and_name(type(self)) for auto_class in self._auto_classes
+        }
+        super().save_pretrained(save_directory, **kwargs)
+        write_model_card(Path(save_directory), self.config, title=Path(save_directory).name)
+
+    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+        # For a repository without a card transformers has just written an empty one.
+        write_model_card(Path(working_dir), self.config, title=repo_id)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+
+def _module_and_name(cls: type) -> str:
+    """A class as transformers' `auto_map` names it: module.Class, the module without its packages."""
+    return f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}"

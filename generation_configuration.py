@@ -1,0 +1,270 @@
+"""What `generate` is told, an `EsoGenerationConfig`, and what it tells, an `EsoGenerateOutput`."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import GenerationConfig
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from .generation_order import UNMASKING_ORDERS
+from .validation import is_integer, is_number, to_python
+
+# Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
+# with the values that switch them off.
+LEFT_TO_RIGHT_SETTINGS = {
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "begin_suppress_tokens": (None,),
+    "exponential_decay_length_penalty": (None,),
+    "watermarking_config": (None,),
+}
+UNSUPPORTED_SETTINGS = {
+    "guidance_scale": (None, 1),
+    "penalty_alpha": (None, 0),
+    "prefill_chunk_size": (None,),
+    "num_beam_groups": (None, 1),
+    "low_memory": (None, False),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1),
+    "output_attentions": (None, False),
+    "output_hidden_states": (None, False),
+}
+
+DEFAULT_NUM_CANDIDATES = 16
+"""Masks that adaptive unmasking looks at in a forward, unless told otherwise."""
+
+
+class EsoGenerationConfig(GenerationConfig):
+    """transformers' [`GenerationConfig`] with the fields of an Eso-LM's two phases.
+
+    Sampling is on, and no filter is, unless asked for: the samples follow the model's own distribution.
+
+    Args:
+        alpha_0 (`float`, *optional*): Expected fraction of the new tokens that the diffusion phase decodes in
+            parallel; the sequential phase decodes the others one by one, left to right. `None`: the model config's.
+        num_diffusion_steps (`int` or `str`, *optional*): T, the time steps of the diffusion phase. Steps that reveal
+            nothing cost no forward. `None`: as many as there are tokens to generate, of which some share a step;
+            "max": so many that no two tokens do, which is one token a forward.
+        unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (the default; as in
+            training), "strided" (far apart from one another, as many a stride as there are steps; without
+            `num_diffusion_steps`, strides of about the square root of the length, taken token by token) or
+            "left_to_right". The diffusion phase of a strided order has a whole number of strides, so that with few of
+            them and a small `alpha_0` single runs are far from the expected fraction.
+        block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
+            diffusion steps are shared among them. Generation stops with the block in which every row has ended.
+            `None`: one block.
+        confidence_threshold (`float`, *optional*): Adaptive unmasking in the diffusion phase: every forward looks at
+            a window of candidate masks and keeps those whose most probable token has at least this probability (of
+            each row at least the best), under the model's own distribution, before any filter; the others go back to
+            the pool. In [0, 1]: 0 keeps all.
+        entropy_bound (`float`, *optional*): Adaptive unmasking that keeps the most certain candidates, as long as the
+            entropies of those before each one add up to at most this many nats (arXiv 2505.24857).
+        num_candidates (`int`, *optional*): Masks that adaptive unmasking looks at in a forward. `None`: 16.
+        lossless (`bool`, *optional*, defaults to `False`): Whether tokens are only drafted in parallel, and kept or
+            replaced so that the text is distributed exactly as if drawn one token a forward in the same order.
+        draft_length (`int` or `str`, *optional*): Tokens of a draft, with `lossless` (unused where that is `False`);
+            "auto" or `None`: chosen for each row by what its drafts have met with. The order does not depend on it.
+        lockstep (`bool`, *optional*, defaults to `False`): Whether the rows of a batch share the numbers of tokens of
+            their forwards. Each sample alone still follows the right distribution, but those of a call are no longer
+            independent of one another: a statistic over them has the error of far fewer. For measurements of speed,
+            and for `cache_implementation="dynamic"`, whose rows cannot advance apart.
+        progress_bar (`bool`, *optional*, defaults to `False`): Whether to show how many tokens have been decoded.
+        kwargs: The fields of [`GenerationConfig`]; `do_sample` defaults to `True` and `top_k` to no filter.
+
+    Raises:
+        ValueError: when a field is out of its range.
+    """
+
+    def __init__(self, **kwargs):
+        kwargs = {name: to_python(value) for name, value in kwargs.items()}
+        self.alpha_0 = kwargs.pop("alpha_0", None)
+        self.num_diffusion_steps = kwargs.pop("num_diffusion_steps", None)
+        self.unmasking_order = kwargs.pop("unmasking_order", None)
+        self.block_length = kwargs.pop("block_length", None)
+        self.confidence_threshold = kwargs.pop("confidence_threshold", None)
+        self.entropy_bound = kwargs.pop("entropy_bound", None)
+        self.num_candidates = kwargs.pop("num_candidates", None)
+        self.lossless = kwargs.pop("lossless", None)
+        self.draft_length = kwargs.pop("draft_length", None)
+        self.lockstep = kwargs.pop("lockstep", None)
+        self.progress_bar = kwargs.pop("progress_bar", None)
+        kwargs.setdefault("do_sample", True)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config) -> "EsoGenerationConfig":
+        """Takes the special tokens over from a model config, and leaves `alpha_0` to follow the model's."""
+        derived = as_eso_generation_config(GenerationConfig.from_model_config(model_config))
+        # A saved config that is marked as derived loses our fields when transformers reads it back.
+        derived._from_model_config = False
+        return derived
+
+    @staticmethod
+    def _get_default_generation_params() -> dict:
+        defaults = {"do_sample": True, "top_k": None, "unmasking_order": "random"}
+        return GenerationConfig._get_default_generation_params() | defaults
+
+    def validate(self, *args, **kwargs):
+        """Checks the fields of the two phases, and those of transformers."""
+        for name in ("max_length", "max_new_tokens", "num_return_sequences"):
+            require_count(name, getattr(self, name))
+        # transformers refuses to generate 0 new tokens; here that fills in the holes of the prompt alone.
+        max_new_tokens, self.max_new_tokens = self.max_new_tokens, self.max_new_tokens or None
+        try:
+            super().validate(*args, **kwargs)
+        finally:
+            self.max_new_tokens = max_new_tokens
+        for name, low, high in (
+            ("alpha_0", 0, 1),
+            ("confidence_threshold", 0, 1),
+            ("entropy_bound", 0, float("inf")),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (is_number(value) and low <= value <= high):
+                raise ValueError(f"`{name}` must be None or a number in [{low}, {high}], got {value!r}.")
+        for name in ("num_diffusion_steps", "block_length", "num_candidates"):
+            value = getattr(self, name)
+            words = (None, "max") if name == "num_diffusion_steps" else (None,)
+            if value not in words and not (is_integer(value) and value >= 1):
+                also = ", 'max'" if "max" in words else ""
+                raise ValueError(f"`{name}` must be None{also} or a positive integer, got {value!r}.")
+        if self.unmasking_order not in (None, *UNMASKING_ORDERS):
+            raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
+        criteria = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
+        if len(criteria) > 1:
+            raise ValueError(f"{criteria} are two ways to choose the number of tokens a forward: set one of them.")
+        if criteria and self.num_diffusion_steps is not None:
+            raise ValueError(
+                f"`num_diffusion_steps={self.num_diffusion_steps}` fixes the number of forwards that "
+                f"`{criteria[0]}={getattr(self, criteria[0])}` is to find: set one of them (also in "
+                f"`model.generation_config`)."
+            )
+        for name in ("lossless", "lockstep"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise ValueError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
+        if self.draft_length not in (None, "auto") and not (is_integer(self.draft_length) and self.draft_length >= 1):
+            raise ValueError(f"`draft_length` must be None, 'auto' or a positive integer, got {self.draft_length!r}.")
+        if self.lossless and criteria:
+            raise ValueError(
+                f"`lossless` decides by itself how many tokens of a forward it keeps: unset `{criteria[0]}` (also in "
+                f"`model.generation_config`)."
+            )
+        if self.lockstep and (self.lossless or criteria):
+            other = "lossless" if self.lossless else criteria[0]
+            raise ValueError(f"`{other}` lets each row advance by what it meets with: unset `lockstep`.")
+        if self.draft_length is not None and self.lossless is None:
+            raise ValueError(f"`draft_length={self.draft_length!r}` is for lossless decoding: set `lossless` too.")
+        if self.num_candidates is not None and not criteria:
+            raise ValueError(
+                f"`num_candidates={self.num_candidates}` is for adaptive unmasking: set `confidence_threshold` or "
+                f"`entropy_bound` too."
+            )
+
+    def save_pretrained(self, *args, **kwargs):
+        """Saves the settings, unless transformers could not load the model with them."""
+        self.check_loadable()
+        super().save_pretrained(*args, **kwargs)
+
+    def check_loadable(self) -> None:
+        """Raises a ValueError for settings that transformers refuses to load with a model."""
+        if self.max_new_tokens == 0:
+            raise ValueError("`max_new_tokens=0` cannot be saved, since transformers would not load it: unset it.")
+
+    @property
+    def is_adaptive(self) -> bool:
+        """Whether every forward of the diffusion phase decides itself how many tokens it keeps."""
+        return self.confidence_threshold is not None or self.entropy_bound is not None
+
+
+@dataclass
+class EsoGenerateOutput(ModelOutput):
+    """What `generate` returns with `return_dict_in_generate=True`.
+
+    Args:
+        sequences: (batch, length), the prompt's columns as given, holes filled in, and the new tokens; padding after
+            the first end of text.
+        num_function_evaluations: NFE, the number of forwards of the model.
+        unmasking_steps: (batch, length); 0 = given (or padding), i = revealed by forward i.
+        orders: (batch, length), the generation order: the column of the token at each slot, those given first. With it
+            `log_likelihood(sequences, orders=orders[:, None], ...)` scores a text again that was written one token a
+            forward, or with `lossless`. (Not one that has ended early in another order than left to right: what was
+            decided behind its end, and seen by the rest, is padding now. Nor are the forwards of adaptive unmasking
+            told by the order alone: candidates that were not kept stood in them too.)
+        log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
+            distribution before any filter; 0 where given (or padding).
+        scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
+            drawn, 0 where given (or padding).
+        logits: (batch, length, vocab), with `output_logits=True`; the same before any filter.
+        forwards_per_row: (batch,), with `lossless`; the forwards in which each row took part.
+        past_key_values: The cache, to be passed to a call that goes on with this text: `input_ids` are then the whole
+            text, what is cached and what is new. None without a cache, and with a "dynamic" one.
+        drafts_offered, drafts_accepted: (batch,), with `lossless`; the drafts that were judged (the first token of a
+            draft is exact and needs no judging; the others of a refused draft count as offered), and kept.
+
+    With `lossless`, `log_probs` are those of the exact conditionals: they add up to log p(x | σ), unless the text has
+    ended early.
+    """
+
+    sequences: torch.LongTensor
+    num_function_evaluations: int | None = None
+    unmasking_steps: torch.LongTensor | None = None
+    orders: torch.LongTensor | None = None
+    log_probs: torch.FloatTensor | None = None
+    scores: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: Cache | None = None
+    forwards_per_row: torch.LongTensor | None = None
+    drafts_offered: torch.LongTensor | None = None
+    drafts_accepted: torch.LongTensor | None = None
+
+
+def require_count(name: str, value: int | None) -> None:
+    """Raises a ValueError unless `value` is a number of tokens, or of samples, or None."""
+    low = int(name == "num_return_sequences")
+    if value is not None and not (is_integer(value) and value >= low):
+        raise ValueError(f"`{name}` must be an integer >= {low}, got {value!r}.")
+
+
+def require_supported_settings(generation_config: EsoGenerationConfig, is_left_to_right: bool) -> None:
+    """Raises a ValueError for settings of transformers that this decoding cannot honour.
+
+    Args:
+        generation_config: The settings.
+        is_left_to_right: Whether the text is written from left to right, where a few more have a meaning.
+    """
+    off = UNSUPPORTED_SETTINGS if is_left_to_right else UNSUPPORTED_SETTINGS | LEFT_TO_RIGHT_SETTINGS
+    for name, values in off.items():
+        value = getattr(generation_config, name, None)
+        if value not in values:
+            why = "is not supported"
+            if name in LEFT_TO_RIGHT_SETTINGS:
+                why = "presupposes left to right (alpha_0=0, no holes, no padding)"
+            raise ValueError(f"`{name}={value!r}` {why}: leave it unset.")
+
+
+def require_special_tokens(generation_config: EsoGenerationConfig, vocab_size: int, mask_token_id: int) -> None:
+    """Raises a ValueError unless padding and ends of text are ids of the vocabulary other than the mask."""
+    eos_token_ids = generation_config._eos_token_tensor
+    for name, ids in (
+        ("pad_token_id", [] if generation_config.pad_token_id is None else [generation_config.pad_token_id]),
+        ("eos_token_id", [] if eos_token_ids is None else eos_token_ids.tolist()),
+    ):
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size or token_id == mask_token_id:
+                raise ValueError(
+                    f"`{name}` must be an id of the vocabulary, in [0, {vocab_size - 1}], and not the mask "
+                    f"({mask_token_id}), got {token_id}."
+                )
+
+
+def as_eso_generation_config(generation_config: GenerationConfig) -> EsoGenerationConfig:
+    """The same settings as an [`EsoGenerationConfig`], validated."""
+    if isinstance(generation_config, EsoGenerationConfig):
+        generation_config.validate()
+        return generation_config
+    given = {name: value for name, value in generation_config.to_dict().items() if value is not None}
+    return EsoGenerationConfig.from_dict(given)
+
+
+__all__ = ["EsoGenerateOutput", "EsoGenerationConfig"]

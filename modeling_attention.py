@@ -1,0 +1,256 @@
+"""Attention: which slot sees which, and the functions that compute it.
+
+Masks come from a rule, for whichever attention a model is configured with. Rows of different numbers of slots may
+share a forward, and none pays for the slots of another: the slots of all rows stand one behind the other, as a single
+row, so that norms, projections, the MLP and the head compute the real ones alone. Only attention tells the rows apart.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, BlockMask, sdpa_mask
+from transformers.utils.generic import is_flash_attention_requested
+
+MAX_QUERIES_TRANSPOSED = 16
+"""Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
+
+MAX_PADDED_WORK = 3
+"""How many times the products of queries and keys may grow by padding before each packed row attends by itself."""
+
+GROUPED_SDPA = "eso_grouped_sdpa"
+"""The name of `grouped_sdpa_attention_forward` among transformers' attention implementations."""
+
+
+def make_attention_mask(
+    config: PreTrainedConfig,
+    sees: Callable,
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor | BlockMask:
+    """Makes the mask in which query i of a row sees the keys that `sees(row, head, query, key)` says.
+
+    Args:
+        config: Its attention implementation decides the kind of mask. Flash attention takes none at all: the layers
+            fall back to sdpa where they get this one.
+        sees: A rule on index tensors that broadcast against one another.
+        batch, num_queries, num_keys: The shape.
+        dtype: Of an additive mask (eager attention).
+        device: Where.
+
+    Returns:
+        (batch, 1, queries, keys), boolean or additive; or the `BlockMask` of FlexAttention.
+    """
+    implementation = "sdpa" if is_flash_attention_requested(config) else config._attn_implementation
+    return ALL_MASK_ATTENTION_FUNCTIONS[implementation](
+        batch_size=batch,
+        q_length=num_queries,
+        kv_length=num_keys,
+        mask_function=sees,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        device=device,
+        config=config,
+    )
+
+
+def make_clean_first_mask(
+    config: PreTrainedConfig, group: torch.LongTensor, dtype: torch.dtype
+) -> torch.Tensor | BlockMask:
+    """The mask in which slots in text order see what they would in the order clean, masked, padding.
+
+    Args:
+        config, dtype: As for `make_attention_mask`.
+        group: (batch, slots), 0 clean, 1 masked, 2 padding.
+    """
+
+    def sees(row, head, query, key):
+        of_query, of_key = group[row, query], group[row, key]
+        return (of_key < of_query) | ((of_key == of_query) & (key <= query))
+
+    return make_attention_mask(config, sees, *group.shape, group.shape[1], dtype, group.device)
+
+
+def is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> bool:
+    """Whether a mask says which tokens are real, (batch, slots), rather than which slot sees which."""
+    return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention spelled out; the mask is additive or boolean (True = visible).
+
+    A mask narrower than the keys speaks of the last of them, and all before are visible: the keys of a decoding step
+    behind the cached ones, for which no mask of the length of the cache need be made.
+    """
+    query = query * scaling
+    if query.shape[-2] <= MAX_QUERIES_TRANSPOSED and query.device.type == "cpu" and not torch.is_grad_enabled():
+        # Reads the keys up to half again as fast, like the products of `FewRowLinear`; the layout matters here too.
+        scores = torch.matmul(key, query.contiguous().transpose(2, 3)).transpose(2, 3).contiguous()
+    else:
+        scores = torch.matmul(query.contiguous(), key.transpose(2, 3))
+    if attention_mask is not None:
+        masked_scores = scores[..., scores.shape[-1] - attention_mask.shape[-1] :]
+        if attention_mask.dtype == torch.bool:
+            masked_scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            masked_scores.add_(attention_mask)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+@dataclass
+class PackedRows:
+    """How the slots of a forward are shared out among the rows of a cache.
+
+    Args:
+        num_slots: Slots of each row; they stand one behind the other.
+        num_keys: Keys of each row, cached and fed, those of its slots last.
+        rows, slots: Of each packed slot, its row, and which of the slots of that row it is.
+    """
+
+    num_slots: list[int]
+    num_keys: list[int]
+    rows: torch.LongTensor
+    slots: torch.LongTensor
+
+    @cached_property
+    def attend_apart(self) -> bool:
+        """Whether each row attends by itself. Rows that are much alike are padded, and attend in a single call."""
+        needed = sum(count * keys for count, keys in zip(self.num_slots, self.num_keys, strict=True))
+        padded = len(self.num_slots) * max(self.num_slots) * max(self.num_keys)
+        return padded > MAX_PADDED_WORK * needed
+
+    def pad(self, states: torch.Tensor) -> torch.Tensor:
+        """From packed states (1, heads, slots, width) to (rows, heads, most slots of a row, width)."""
+        padded = states.new_zeros(len(self.num_slots), max(self.num_slots), *states.shape[1::2])
+        padded[self.rows, self.slots] = states[0].transpose(0, 1)
+        return padded.transpose(1, 2)
+
+
+def attend_packed(
+    attend: Callable,
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    packed_rows: PackedRows,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """Attention of each row's slots to its own keys.
+
+    Args:
+        attend: An attention function of transformers' interface.
+        query: (1, heads, slots of all rows, width).
+        key, value: (rows, heads, keys, width), of which each row has its own in front.
+        attention_mask: (rows, 1, most slots of a row, keys), which of the keys a slot sees.
+
+    Returns:
+        (1, slots of all rows, heads, width), None.
+    """
+    if not packed_rows.attend_apart:
+        output, _ = attend(module, packed_rows.pad(query), key, value, attention_mask, **kwargs)
+        return output[packed_rows.rows, packed_rows.slots][None], None
+    outputs, start = [], 0
+    for row, (count, keys) in enumerate(zip(packed_rows.num_slots, packed_rows.num_keys, strict=True)):
+        own, slots = slice(row, row + 1), slice(start, start + count)
+        if count > 0:
+            output, _ = attend(
+                module,
+                query[:, :, slots],
+                key[own, :, :keys],
+                value[own, :, :keys],
+                attention_mask[own, :, :count, :keys],
+                **kwargs,
+            )
+            outputs.append(output)
+        start += count
+    return torch.cat(outputs, dim=1), None
+
+
+def grouped_sdpa_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    packed_rows: PackedRows | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
+
+    There it repeats them for every head of a group: in a decoding step the whole cache. Here the heads of a group are
+    further queries of the same keys. Rows may be packed.
+    """
+    if packed_rows is not None:
+        kwargs |= {"dropout": dropout, "scaling": scaling}
+        attend = grouped_sdpa_attention_forward
+        return attend_packed(attend, module, query, key, value, attention_mask, packed_rows, **kwargs)
+    batch, num_heads, slots, width = query.shape
+    groups = num_heads // key.shape[1]
+    is_plain = attention_mask is not None and attention_mask.shape[1] == 1
+    if groups == 1 or not is_plain or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    output = F.scaled_dot_product_attention(
+        query.reshape(batch, key.shape[1], groups * slots, width),
+        key,
+        value,
+        attn_mask=attention_mask.repeat(1, 1, groups, 1),
+        dropout_p=dropout,
+        scale=scaling,
+    )
+    return output.reshape(batch, num_heads, slots, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(GROUPED_SDPA, grouped_sdpa_attention_forward)
+AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)
+
+
+@contextmanager
+def grouped_attention(decoder: PreTrainedModel) -> Iterator[None]:
+    """Lets a decoder with sdpa attention use `grouped_sdpa_attention_forward`, for as long as the context lasts."""
+    implementation = decoder.config._attn_implementation
+    if implementation == "sdpa":
+        decoder.config._attn_implementation = GROUPED_SDPA
+    try:
+        yield
+    finally:
+        decoder.config._attn_implementation = implementation
+
+
+def implementation_for(
+    config: PreTrainedConfig, attention_mask: torch.Tensor | BlockMask | None, num_keys: int, are_packed: bool
+) -> str:
+    """The attention that `EsoAttention` uses: the configured one, or one that can take the mask, or packed rows."""
+    if are_packed:
+        return GROUPED_SDPA
+    implementation = config._attn_implementation
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 4:
+        return implementation
+    if attention_mask.shape[-1] < num_keys:
+        return "eager"
+    takes_tensors = implementation != "flex_attention" and not is_flash_attention_requested(config)
+    return implementation if takes_tensors else "sdpa"

@@ -1,0 +1,84 @@
+"""Modulation (adaLN): the shifts, scales and gates of every layer, out of one conditioning vector.
+
+They do not depend on the tokens: given the weights they are constants.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_eso import EsoConfig
+
+
+class EsoTimestepEmbedding(nn.Module):
+    """The conditioning vector c = SiLU(MLP(sinusoid(sigma))), (cond_dim,).
+
+    sigma is always 0 (the model does not depend on time), where the sinusoid is 1 in its cosine half and 0 in its
+    sine half: c is a constant of the weights.
+    """
+
+    sinusoid_width = 256
+
+    def __init__(self, config: EsoConfig):
+        super().__init__()
+        self.in_proj = nn.Linear(self.sinusoid_width, config.cond_dim)
+        self.out_proj = nn.Linear(config.cond_dim, config.cond_dim)
+
+    def forward(self, like: torch.Tensor) -> torch.Tensor:
+        """The vector, of the type of `like`."""
+        weight = self.in_proj.weight
+        sinusoid = torch.zeros(1, self.sinusoid_width, dtype=weight.dtype, device=weight.device)
+        sinusoid[:, : self.sinusoid_width // 2] = 1
+        return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))[0].to(like.dtype)
+
+
+class EsoModulation(nn.Linear):
+    """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates).
+
+    A linear layer like any other, but for its initialisation at zero. `folded_modulations` keeps its output, a
+    constant of the weights, while they do not change.
+    """
+
+    def __init__(self, config: EsoConfig, num_vectors: int):
+        super().__init__(config.cond_dim, num_vectors * config.hidden_size)
+        self.folded: torch.Tensor | None = None
+
+    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
+        return super().forward(conditioning) if self.folded is None else self.folded
+
+
+class EsoLayerNorm(nn.Module):
+    """LayerNorm with a weight and no bias, modulated: LN(x) * (1 + scale) + shift, in float32.
+
+    Scale and shift are constants of the weights, so they join the norm's own weight and bias in one kernel.
+    """
+
+    def __init__(self, config: EsoConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.layer_norm_eps
+
+    def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.float() * (1 + scale.float())
+        normed = F.layer_norm(hidden_states.float(), weight.shape, weight, shift.float(), self.eps)
+        return normed.to(hidden_states.dtype)
+
+
+@contextmanager
+def folded_modulations(backbone: nn.Module) -> Iterator[None]:
+    """Computes every shift, scale and gate of an `EsoModel` once, for as long as the context lasts.
+
+    The weights must not change inside.
+    """
+    modulations = [module for module in backbone.modules() if isinstance(module, EsoModulation)]
+    conditioning = backbone.timestep_embedding(backbone.norm.weight)
+    for modulation in modulations:
+        modulation.folded = modulation(conditioning)
+    try:
+        yield
+    finally:
+        for modulation in modulations:
+            modulation.folded = None

@@ -1,0 +1,251 @@
+"""The hybrid objective of an Eso-LM on a batch in generation order: what training, likelihood and drafting share.
+
+A row is in one of two phases (arXiv 2506.01928, section 3). In the *diffusion* phase one stream will do: clean slots,
+then masks, each of which sees the slots before it, other masks among them. In the *sequential* phase the mask of slot
+s sees the clean slots before s, and no other mask: two streams, content and query, pass through the network together.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from transformers import PreTrainedModel
+
+from .modeling_attention import is_padding_mask, make_attention_mask
+from .validation import require_ids_of_vocabulary, require_shape
+
+IGNORED_LABEL = -100
+"""The label of slots that do not count, as everywhere in transformers."""
+
+
+def require_loss_arguments(
+    labels: torch.LongTensor | None,
+    loss_weights: torch.FloatTensor | None,
+    sequential_rows: torch.BoolTensor | None,
+    batch: int,
+    slots: int,
+    has_embeddings: bool,
+) -> None:
+    """Raises a ValueError unless the arguments of a training loss go together and have the shape of the input.
+
+    Args:
+        labels, loss_weights, sequential_rows: As for `EsoForMaskedDiffusion.forward`.
+        batch, slots: The shape of the input.
+        has_embeddings: Whether that is `inputs_embeds`.
+    """
+    if labels is None and (loss_weights is not None or sequential_rows is not None):
+        raise ValueError(
+            "`loss_weights` and `sequential_rows` describe a loss and need `labels` (which Trainer takes away when "
+            "`label_smoothing_factor` is not 0)."
+        )
+    if has_embeddings and loss_weights is not None and loss_weights.shape[1] < slots:
+        raise ValueError(
+            f"`loss_weights` are those of {loss_weights.shape[1]} slots, and `inputs_embeds` has {slots}: PEFT's "
+            f"prompt tuning puts slots in front and drops `position_ids`, the generation order. LoRA and its kin work."
+        )
+    require_shape("labels", labels, (batch, slots))
+    require_shape("loss_weights", loss_weights, (batch, slots))
+    require_shape("sequential_rows", sequential_rows, (batch,))
+
+
+# Which slots count is data: to torch.compile this is a frame to leave alone, around a backbone to compile.
+@torch.compiler.disable(recursive=False)
+def hybrid_loss(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor | None,
+    inputs_embeds: torch.FloatTensor | None,
+    position_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.LongTensor,
+    loss_weights: torch.FloatTensor | None,
+    sequential_rows: torch.BoolTensor | None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> torch.Tensor:
+    """Weighted cross entropy, in nats, of a batch whose rows are in the diffusion or in the sequential phase.
+
+    Args:
+        model: An `EsoForMaskedDiffusion`.
+        kwargs: For its backbone.
+        Others as for its `forward`, in generation order.
+
+    Raises:
+        ValueError: for labels and weights that leave nothing to predict, or ask for the mask.
+    """
+    is_label = labels != IGNORED_LABEL
+    if loss_weights is None:
+        if input_ids is None:
+            raise ValueError("`loss_weights` must be given with `inputs_embeds`, which do not show the masks.")
+        loss_weights = (input_ids == model.config.mask_token_id).float()
+        if not loss_weights[is_label].any():
+            raise ValueError(
+                "None of the slots with `labels` holds a mask, so that there is nothing to predict: take "
+                "`DataCollatorForHybridMaskedDiffusion`, which masks the tokens and weighs the loss."
+            )
+    loss_weights = loss_weights.masked_fill(~is_label, 0)
+    require_ids_of_vocabulary("labels", labels[is_label], model.config.vocab_size)
+    if (labels[is_label] == model.config.mask_token_id).any():
+        raise ValueError(
+            f"`labels` must be clean tokens, or {IGNORED_LABEL}, and hold the mask id {model.config.mask_token_id}, "
+            f"which has no probability."
+        )
+    states, rows, slots = states_at(
+        model,
+        loss_weights != 0,
+        input_ids,
+        inputs_embeds,
+        position_ids,
+        attention_mask,
+        labels,
+        sequential_rows,
+        **kwargs,
+    )
+    logits = model.compute_logits(states).float()  # (weighted slots, vocab)
+    cross_entropy = F.cross_entropy(logits, labels[rows, slots], reduction="none")
+    total = (cross_entropy * loss_weights[rows, slots]).sum()
+    if num_items_in_batch is None:
+        num_items_in_batch = is_label.sum().clamp(min=1)
+    elif isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+@torch.compiler.disable(recursive=False)
+def states_at(
+    model: PreTrainedModel,
+    is_wanted: torch.BoolTensor,
+    input_ids: torch.LongTensor | None,
+    inputs_embeds: torch.FloatTensor | None,
+    position_ids: torch.LongTensor,
+    attention_mask: torch.Tensor | None,
+    labels: torch.LongTensor,
+    sequential_rows: torch.BoolTensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
+    """Hidden states that predict the slots `is_wanted`, (batch, slots), each row in its own phase.
+
+    Args:
+        model, kwargs: As for `hybrid_loss`.
+        Others as for `forward` of the model, in generation order.
+
+    Returns:
+        The states, (wanted, hidden), and their rows and slots, (wanted,) each.
+
+    Raises:
+        ValueError: for rows of the sequential phase without `input_ids`, or with a mask of slots.
+    """
+    if sequential_rows is None:
+        sequential_rows = torch.zeros(len(labels), dtype=torch.bool, device=labels.device)
+    # The phases run one after the other, each at its own width: the second stream costs only its own rows.
+    diffusion = (~sequential_rows).nonzero()[:, 0]
+    sequential = sequential_rows.nonzero()[:, 0]
+    states, idle = [], _idle_forwards(model, len(diffusion), len(sequential), labels.device)
+    if len(diffusion) > 0:
+        outputs = model.run_backbone(
+            input_ids=_take_rows(input_ids, diffusion),
+            inputs_embeds=_take_rows(inputs_embeds, diffusion),
+            position_ids=_take_rows(position_ids, diffusion),
+            attention_mask=_take_rows(attention_mask, diffusion),
+            **kwargs,
+        )
+        states.append(outputs.last_hidden_state[is_wanted[diffusion]])
+    if len(sequential) > 0:
+        if input_ids is None or not (attention_mask is None or is_padding_mask(attention_mask)):
+            raise ValueError("`sequential_rows` need `input_ids`, and at most a 2D `attention_mask`.")
+        states.append(
+            _query_states(
+                model,
+                input_ids[sequential],
+                labels[sequential],
+                _take_rows(position_ids, sequential),
+                _take_rows(attention_mask, sequential),
+                is_wanted[sequential],
+                **kwargs,
+            )
+        )
+    order = torch.cat([diffusion, sequential])
+    rows, slots = is_wanted[order].nonzero().unbind(dim=-1)
+    return torch.cat(states) + idle, order[rows], slots
+
+
+@torch.compiler.disable(recursive=False)
+def _query_states(
+    model: PreTrainedModel,
+    input_ids: torch.LongTensor,
+    labels: torch.LongTensor,
+    position_ids: torch.LongTensor | None,
+    attention_mask: torch.Tensor | None,
+    is_queried: torch.BoolTensor,
+    **kwargs,
+) -> torch.Tensor:
+    """Hidden states of the queries of the sequential phase's two streams.
+
+    Content: the clean tokens in generation order, causal among itself. Query: one mask for each queried slot s, which
+    attends to the content slots < s and to itself. `horizon` is the number of content slots that a slot sees beside
+    itself.
+
+    Returns:
+        (queried slots of all rows, hidden), row by row, slots ascending.
+    """
+    batch, slots = input_ids.shape
+    device = input_ids.device
+    if position_ids is None:
+        position_ids = torch.arange(slots, device=device).expand(batch, slots)
+    content = torch.where(labels == IGNORED_LABEL, input_ids, labels)
+    num_queries = is_queried.sum(dim=-1)
+    width = int(num_queries.max())
+    # Rows with fewer queries fill up with queries of other slots, whose states are dropped at the end.
+    query_slots = (~is_queried).long().argsort(dim=-1, stable=True)[:, :width]
+    is_query = torch.arange(width, device=device) < num_queries[:, None]
+
+    horizon = torch.cat([torch.arange(slots, device=device).expand(batch, slots), query_slots], dim=-1)
+    is_visible = torch.ones(batch, slots + width, dtype=torch.bool, device=device)
+    if attention_mask is not None:
+        is_visible[:, :slots] = attention_mask.bool()
+
+    def sees(row, head, query, key):
+        is_past = (key < horizon[row, query]) & is_visible[row, key]
+        return is_past | (key == query)
+
+    two_stream_mask = make_attention_mask(
+        model.model.config, sees, batch, slots + width, slots + width, model.model.dtype, device
+    )
+    masks = torch.full_like(query_slots, model.config.mask_token_id)
+    outputs = model.run_backbone(
+        input_ids=torch.cat([content, masks], dim=-1),
+        position_ids=torch.cat([position_ids, position_ids.gather(1, query_slots)], dim=-1),
+        attention_mask=two_stream_mask,
+        **kwargs,
+    )
+    return outputs.last_hidden_state[:, slots:][is_query]
+
+
+def _idle_forwards(
+    model: PreTrainedModel, num_diffusion: int, num_sequential: int, device: torch.device
+) -> torch.Tensor | int:
+    """Zero, after the forwards that other processes need this one to take part in.
+
+    Where weights are sharded, every call of the backbone gathers them from all processes, so that these have to make
+    the same calls, whatever phases their own rows are in.
+    """
+    idle = 0
+    if not _is_sharded(model):
+        return idle
+    has_phase = torch.tensor([num_diffusion, num_sequential], device=device).clamp(max=1)
+    is_anywhere = has_phase.clone()
+    torch.distributed.all_reduce(is_anywhere, op=torch.distributed.ReduceOp.MAX)
+    for _ in range(int((is_anywhere - has_phase).sum())):
+        mask = torch.full((1, 1), model.config.mask_token_id, device=device)
+        idle = idle + 0 * model.run_backbone(input_ids=mask).last_hidden_state.sum()
+    return idle
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    """Whether weights are gathered from other processes by each call: FSDP, or DeepSpeed's ZeRO-3."""
+    is_fsdp = any(isinstance(module, FSDPModule | FullyShardedDataParallel) for module in model.modules())
+    return is_fsdp or any(hasattr(weight, "ds_id") for weight in model.parameters())
+
+
+def _take_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
+    """`tensor[rows]`; tensors that are None or broadcast over the batch stay as they are."""
+    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
