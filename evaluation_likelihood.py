@@ -39,11 +39,11 @@ class EsoLikelihoodOutput(ModelOutput):
         orders: (batch, K, length), the column of the token at each slot.
     """
 
-    log_likelihood: torch.FloatTensor
-    log_likelihood_per_order: torch.FloatTensor | None = None
-    token_log_probs: torch.FloatTensor | None = None
-    is_greedy: torch.BoolTensor | None = None
-    orders: torch.LongTensor | None = None
+    log_likelihood: torch.Tensor
+    log_likelihood_per_order: torch.Tensor | None = None
+    token_log_probs: torch.Tensor | None = None
+    is_greedy: torch.Tensor | None = None
+    orders: torch.Tensor | None = None
 
 
 @dataclass
@@ -57,9 +57,9 @@ class EsoNelboOutput(ModelOutput):
         nelbo_per_draw: (batch, draws).
     """
 
-    nelbo: torch.FloatTensor
-    standard_error: torch.FloatTensor | None = None
-    nelbo_per_draw: torch.FloatTensor | None = None
+    nelbo: torch.Tensor
+    standard_error: torch.Tensor | None = None
+    nelbo_per_draw: torch.Tensor | None = None
 
 
 class EsoLikelihoodMixin:
@@ -68,11 +68,11 @@ class EsoLikelihoodMixin:
     @torch.no_grad()
     def log_likelihood(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
         num_orders: int | str = 1,
-        orders: torch.LongTensor | None = None,
+        orders: torch.Tensor | None = None,
         alpha_0: float | None = None,
         generator: torch.Generator | None = None,
         *,
@@ -171,7 +171,7 @@ class EsoLikelihoodMixin:
     @torch.no_grad()
     def nelbo(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
         num_draws: int = 16,
@@ -249,8 +249,8 @@ class EsoLikelihoodMixin:
         )
 
     def _check_text(
-        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None, context_mask: torch.Tensor | None
-    ) -> tuple[torch.BoolTensor, torch.BoolTensor]:
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, context_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What is real and what is given of the text, (batch, length) bool each, on the CPU."""
         require_token_ids("input_ids", input_ids, self.config.vocab_size)
         if self.max_text_length is not None and input_ids.shape[1] > self.max_text_length:
@@ -278,16 +278,16 @@ class EsoLikelihoodMixin:
 
     def _score(
         self,
-        input_ids: torch.LongTensor,
-        targets: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        is_wanted: torch.BoolTensor,
-        sequential_rows: torch.BoolTensor,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_wanted: torch.Tensor,
+        sequential_rows: torch.Tensor,
         batch_size: int | None,
         memory_budget: int,
         title: str,
         chunk_length: int | None = None,
-    ) -> tuple[torch.FloatTensor, torch.BoolTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the targets at the wanted slots, batch by batch, in evaluation mode.
 
         Args: (pairs, slots) each, in generation order; `sequential_rows` (pairs,).
@@ -331,12 +331,12 @@ class EsoLikelihoodMixin:
 
     def _score_batch(
         self,
-        input_ids: torch.LongTensor,
-        targets: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        is_wanted: torch.BoolTensor,
-        sequential_rows: torch.BoolTensor,
-    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.FloatTensor, torch.BoolTensor]:
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_wanted: torch.Tensor,
+        sequential_rows: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """In one forward: rows and slots that are wanted, log p of their targets, whether none is more probable."""
         device = self.device
         labels = targets.to(device)
@@ -361,13 +361,13 @@ class EsoLikelihoodMixin:
 
     def _score_chunks(
         self,
-        input_ids: torch.LongTensor,
-        targets: torch.LongTensor,
-        position_ids: torch.LongTensor,
-        is_wanted: torch.BoolTensor,
-        sequential_rows: torch.BoolTensor,
+        input_ids: torch.Tensor,
+        targets: torch.Tensor,
+        position_ids: torch.Tensor,
+        is_wanted: torch.Tensor,
+        sequential_rows: torch.Tensor,
         chunk_length: int,
-    ) -> tuple[torch.LongTensor, torch.LongTensor, torch.FloatTensor, torch.BoolTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """The same for rows of the sequential phase, `chunk_length` slots at a time on top of a cache.
 
         This is how lossless decoding judges its drafts: a forward takes the tokens, causal, and for each of them a
@@ -401,7 +401,7 @@ class EsoLikelihoodMixin:
         return tuple(torch.cat(parts) for parts in zip(*scored, strict=True))
 
 
-def _check_orders(orders: torch.LongTensor, batch: int, length: int) -> torch.LongTensor:
+def _check_orders(orders: torch.Tensor, batch: int, length: int) -> torch.Tensor:
     """(batch, K, length), on the CPU."""
     if not isinstance(orders, torch.Tensor) or orders.is_floating_point():
         given = orders.dtype if isinstance(orders, torch.Tensor) else type(orders).__name__
@@ -418,9 +418,7 @@ def _check_orders(orders: torch.LongTensor, batch: int, length: int) -> torch.Lo
     return orders
 
 
-def _all_orders(
-    is_real: torch.BoolTensor, is_free: torch.BoolTensor, alpha_0: float
-) -> tuple[torch.LongTensor, torch.Tensor]:
+def _all_orders(is_real: torch.Tensor, is_free: torch.Tensor, alpha_0: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Every order that can be drawn, (batch, K, length), and the logarithms of their probabilities, (batch, K)."""
     counts = is_free.sum(dim=-1).tolist()
     if alpha_0 > 0 and max(counts) > MAX_ENUMERATED_TOKENS:

@@ -85,7 +85,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
 
     def _sample(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: EsoGenerationConfig,
@@ -96,7 +96,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         past_key_values: Cache | None = None,
         cache_to_go_on_from: Cache | None = None,
         **model_kwargs,
-    ) -> EsoGenerateOutput | torch.LongTensor:
+    ) -> EsoGenerateOutput | torch.Tensor:
         """The decoding loop, called by `generate` in place of transformers' left-to-right one.
 
         Each forward takes, on top of the cache, the tokens decided by the one before and then masks at the next slots
@@ -177,7 +177,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
 
 
 def _make_canvas(
-    input_ids: torch.LongTensor,
+    input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     generation_config: EsoGenerationConfig,
     mask_token_id: int,

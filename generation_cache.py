@@ -16,8 +16,8 @@ class SlotPlaces:
         batch: Rows of the cache.
     """
 
-    rows: torch.LongTensor
-    slots: torch.LongTensor
+    rows: torch.Tensor
+    slots: torch.Tensor
     batch: int
 
 
@@ -30,8 +30,8 @@ class CachedText:
         lengths: Of each row, the slots that count.
     """
 
-    tokens: torch.LongTensor
-    positions: torch.LongTensor
+    tokens: torch.Tensor
+    positions: torch.Tensor
     lengths: list[int]
 
 

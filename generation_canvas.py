@@ -28,7 +28,7 @@ class Canvas:
 
     def __init__(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         length: int,
         mask_token_id: int,
@@ -142,7 +142,7 @@ class Canvas:
         rows = zip(self.known, self.last_given, strict=True)
         return bool(self.is_real.all()) and all(known > last_given for known, last_given in rows)
 
-    def known_text(self, row: int) -> torch.LongTensor:
+    def known_text(self, row: int) -> torch.Tensor:
         """(known tokens,), what is known of a row so far, in text order."""
         return self.tokens[row, self.is_real[row] & ~self.is_open[row]]
 
@@ -150,15 +150,15 @@ class Canvas:
         """The tokens of a row by text position, -1 where they are open."""
         return self.tokens[row].masked_fill(self.is_open[row], -1)[self.is_real[row]].tolist()
 
-    def is_behind_end(self) -> torch.BoolTensor:
+    def is_behind_end(self) -> torch.Tensor:
         """(batch, length): what lies behind the end of the text."""
         return torch.arange(self.length) >= torch.tensor(self.end)[:, None]
 
-    def is_void(self) -> torch.BoolTensor:
+    def is_void(self) -> torch.Tensor:
         """(batch, length): what lies behind the end of the text, and what a stop has left open."""
         return self.is_behind_end() | self.stays_open
 
-    def sequences(self) -> torch.LongTensor:
+    def sequences(self) -> torch.Tensor:
         """(batch, length), padded behind the end of the text; what is open before it holds the mask."""
         tokens = self.tokens.masked_fill(self.stays_open, self.mask_token_id)
         return tokens.masked_fill(self.is_behind_end(), self.pad_token_id)
@@ -201,7 +201,7 @@ def take_over_cache(given: Cache, cache: PreallocatedCache, canvas: Canvas) -> N
 
 
 def note_text(
-    cache: Cache | None, canvas: Canvas, order: torch.LongTensor, num_cached: list[int]
+    cache: Cache | None, canvas: Canvas, order: torch.Tensor, num_cached: list[int]
 ) -> PreallocatedCache | None:
     """The cache, of as many slots as a later call can go on from: those before the first that is not in the text.
 

@@ -206,17 +206,17 @@ class EsoGenerateOutput(ModelOutput):
     ended early.
     """
 
-    sequences: torch.LongTensor
+    sequences: torch.Tensor
     num_function_evaluations: int | None = None
-    unmasking_steps: torch.LongTensor | None = None
-    orders: torch.LongTensor | None = None
-    log_probs: torch.FloatTensor | None = None
-    scores: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
+    unmasking_steps: torch.Tensor | None = None
+    orders: torch.Tensor | None = None
+    log_probs: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
     past_key_values: Cache | None = None
-    forwards_per_row: torch.LongTensor | None = None
-    drafts_offered: torch.LongTensor | None = None
-    drafts_accepted: torch.LongTensor | None = None
+    forwards_per_row: torch.Tensor | None = None
+    drafts_offered: torch.Tensor | None = None
+    drafts_accepted: torch.Tensor | None = None
 
 
 def require_count(name: str, value: int | None) -> None:

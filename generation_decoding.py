@@ -35,12 +35,12 @@ class Feed:
     """
 
     starts: list[int]
-    input_ids: torch.LongTensor
-    position_ids: torch.LongTensor
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
     num_fed: list[int]
     kept: list[range]
-    horizon: torch.LongTensor | None = None
-    first_mask: torch.LongTensor | None = None
+    horizon: torch.Tensor | None = None
+    first_mask: torch.Tensor | None = None
 
 
 @dataclass
@@ -54,8 +54,8 @@ class Decisions:
 
     rows: list[int]
     columns: list[int]
-    scores: torch.FloatTensor
-    logits: torch.FloatTensor
+    scores: torch.Tensor
+    logits: torch.Tensor
 
 
 class DecodingStrategy(ABC):
@@ -64,7 +64,7 @@ class DecodingStrategy(ABC):
     in_lockstep = False
     """Whether all rows stand at the same place in every step."""
 
-    order: torch.LongTensor
+    order: torch.Tensor
     """(batch, length), the column of the token at each slot; those of decided slots change no more."""
 
     cached: list[int]
@@ -75,7 +75,7 @@ class DecodingStrategy(ABC):
         """What the next forward gets."""
 
     @abstractmethod
-    def decide(self, logits: torch.FloatTensor, step: int) -> Decisions:
+    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
         """Decides tokens with the logits (kept slots of all rows, vocab) of forward number `step`."""
 
     def statistics(self) -> dict[str, list[int]]:
@@ -102,7 +102,7 @@ class Decoder:
         self.compiled_forward = compiled_forward or model
 
     @torch.no_grad()
-    def __call__(self, feed: Feed) -> torch.FloatTensor:
+    def __call__(self, feed: Feed) -> torch.Tensor:
         """Returns (kept slots of all rows, vocab), logits in float32, row by row."""
         is_static = self._has_static_shape(feed.input_ids.shape[1])
         is_uniform = len(set(feed.starts)) == 1 and len(set(feed.num_fed)) == 1
@@ -112,7 +112,7 @@ class Decoder:
             return self._run_packed(feed)
         return self._run_padded(feed, is_static)
 
-    def _run_uniform(self, feed: Feed) -> torch.FloatTensor:
+    def _run_uniform(self, feed: Feed) -> torch.Tensor:
         """Rows that stand at the same place; without a cache, what some of them feed less is padding behind."""
         _rewind(self.cache, feed.starts[0])
         slots_to_keep = _slots_to_keep(feed, feed.input_ids.shape[1])
@@ -125,7 +125,7 @@ class Decoder:
         )
         return _of_kept_slots(logits, feed)
 
-    def _run_packed(self, feed: Feed) -> torch.FloatTensor:
+    def _run_packed(self, feed: Feed) -> torch.Tensor:
         """Rows that advance apart: their slots one behind the other."""
         padded, starts = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape), torch.tensor(feed.starts)
         rows, own = (padded < torch.tensor(feed.num_fed)[:, None]).nonzero().unbind(dim=-1)
@@ -144,7 +144,7 @@ class Decoder:
         )
         return logits[0].float()
 
-    def _run_padded(self, feed: Feed, is_static: bool) -> torch.FloatTensor:
+    def _run_padded(self, feed: Feed, is_static: bool) -> torch.Tensor:
         """Rows that are filled up to the same number of slots, with the last that counts once more."""
         cache = self.cache
         batch, num_slots = feed.input_ids.shape
@@ -174,12 +174,12 @@ class Decoder:
     def _forward(
         self,
         forward: Callable,
-        input_ids: torch.LongTensor,
-        position_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
         attention_mask: torch.Tensor | BlockMask | None,
-        slots_to_keep: torch.LongTensor,
+        slots_to_keep: torch.Tensor,
         **kwargs,
-    ) -> torch.FloatTensor:
+    ) -> torch.Tensor:
         """The logits of a forward, (batch, kept, vocab), from tensors of the host."""
         device = self.model.device
         input_ids, position_ids = torch.stack([input_ids, position_ids]).to(device)
@@ -197,7 +197,7 @@ class Decoder:
         is_compileable = isinstance(cache, PreallocatedCache) and cache.is_compileable and cache.is_initialized
         return is_compileable and num_slots <= MAX_COMPILED_SLOTS
 
-    def _narrow_mask(self, feed: Feed) -> torch.BoolTensor:
+    def _narrow_mask(self, feed: Feed) -> torch.Tensor:
         """What each fed slot sees of the fed ones, (batch, 1, fed, fed); all of them see what is cached."""
         key = torch.arange(feed.input_ids.shape[1])
         is_earlier_mask = (feed.first_mask[..., None] <= key) & (key <= key[:, None])
@@ -222,14 +222,14 @@ def _most_kept(feed: Feed) -> int:
     return max(len(kept) for kept in feed.kept)
 
 
-def _slots_to_keep(feed: Feed, num_slots: int, is_static: bool = False) -> torch.LongTensor:
+def _slots_to_keep(feed: Feed, num_slots: int, is_static: bool = False) -> torch.Tensor:
     """(batch, kept), the slots whose logits are wanted; rows that want fewer have further ones behind."""
     num_kept = _next_power_of_two(_most_kept(feed)) if is_static else _most_kept(feed)
     first = torch.tensor([kept.start for kept in feed.kept])[:, None]
     return (first + torch.arange(num_kept)).clamp(max=num_slots - 1)
 
 
-def _of_kept_slots(logits: torch.FloatTensor, feed: Feed) -> torch.FloatTensor:
+def _of_kept_slots(logits: torch.Tensor, feed: Feed) -> torch.Tensor:
     """From (batch, kept, vocab) to (kept slots of all rows, vocab), in float32."""
     num_kept = torch.tensor([len(kept) for kept in feed.kept])[:, None]
     is_kept = (torch.arange(logits.shape[1]) < num_kept).flatten()

@@ -36,16 +36,14 @@ class SlotProcessor(ABC):
     """A processor that knows where in the text each slot stands."""
 
     @abstractmethod
-    def __call__(
-        self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.FloatTensor
-    ) -> torch.FloatTensor:
+    def __call__(self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.Tensor) -> torch.Tensor:
         """Processes scores (slots, vocab) of the slots at (rows, columns) of the canvas."""
 
 
 class MinimumLength(SlotProcessor):
     """No end of text before a column: `min_length` and `min_new_tokens`."""
 
-    def __init__(self, first_column: int, eos_token_ids: torch.LongTensor):
+    def __init__(self, first_column: int, eos_token_ids: torch.Tensor):
         self.first_column, self.eos_token_ids = first_column, eos_token_ids
 
     def __call__(self, canvas, rows, columns, scores):
@@ -132,7 +130,7 @@ class NoRepeatedNGram(SlotProcessor):
 class AllowedTokens(SlotProcessor):
     """Allows the tokens that a function of the row and its known text names: `prefix_allowed_tokens_fn`."""
 
-    def __init__(self, allowed_tokens: Callable[[int, torch.LongTensor], list[int]]):
+    def __init__(self, allowed_tokens: Callable[[int, torch.Tensor], list[int]]):
         self.allowed_tokens = allowed_tokens
 
     def __call__(self, canvas, rows, columns, scores):
@@ -188,11 +186,11 @@ def _for_slots(processor: LogitsProcessor, vocab_size: int) -> LogitsProcessor |
 
 def process_logits(
     processors: list[LogitsProcessor | SlotProcessor],
-    logits: torch.FloatTensor,
+    logits: torch.Tensor,
     canvas: Canvas,
     rows: list[int],
     columns: list[int],
-) -> torch.FloatTensor:
+) -> torch.Tensor:
     """Applies the processors to logits (slots, vocab) of the slots at (rows, columns) of the canvas."""
     scores = logits
     contexts = None
@@ -210,9 +208,7 @@ def process_logits(
     return scores
 
 
-def _contexts(
-    canvas: Canvas, rows: list[int], device: torch.device
-) -> list[tuple[torch.LongTensor, torch.LongTensor]]:
+def _contexts(canvas: Canvas, rows: list[int], device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The text known so far as `input_ids` of a processor, once for each length: pairs of slots and their texts."""
     texts = {row: canvas.known_text(row) for row in set(rows)}
     slots_of_length = defaultdict(list)

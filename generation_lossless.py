@@ -62,7 +62,7 @@ def tokens_for_time(acceptance: float, draft_length: int) -> float:
     return (accepted + refused + 1) / (cost(3 * draft_length - 1) + refused * cost(draft_length + 1))
 
 
-def accepts(p: torch.Tensor, q: torch.Tensor, uniform: torch.Tensor) -> torch.BoolTensor:
+def accepts(p: torch.Tensor, q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Whether to keep tokens that were drawn with probability q and are exactly p: with probability min(1, p / q)."""
     return uniform * q < p
 
@@ -94,7 +94,7 @@ class LosslessUnmasking(DecodingStrategy):
     def __init__(
         self,
         canvas: Canvas,
-        order: torch.LongTensor,
+        order: torch.Tensor,
         sampler: TokenSampler,
         use_cache: bool,
         draft_length: int | str,
@@ -107,7 +107,7 @@ class LosslessUnmasking(DecodingStrategy):
         self.draft_lengths = [DraftLength(draft_length) for _ in range(canvas.batch)]
         # Of each row, the drafted tokens of the slots behind the decided ones, and q, (drafts, vocab), of each.
         self.drafts: list[list[int]] = [[] for _ in range(canvas.batch)]
-        self.proposals: list[torch.FloatTensor | None] = [None] * canvas.batch
+        self.proposals: list[torch.Tensor | None] = [None] * canvas.batch
         self.widths = [0] * canvas.batch  # masks that draft on
         self.num_forwards, self.num_offered, self.num_accepted = ([0] * canvas.batch for _ in range(3))
 
@@ -154,7 +154,7 @@ class LosslessUnmasking(DecodingStrategy):
             "drafts_accepted": self.num_accepted,
         }
 
-    def _visibility(self, num_content: list[int], num_fed: int) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def _visibility(self, num_content: list[int], num_fed: int) -> tuple[torch.Tensor, torch.Tensor]:
         """`horizon` and `first_mask` of [`Feed`]: content is causal, judging masks see what is before their draft."""
         own = torch.arange(num_fed)
         content = torch.tensor(num_content)[:, None]
@@ -163,7 +163,7 @@ class LosslessUnmasking(DecodingStrategy):
         horizon = torch.where(own < content, own + 1, torch.where(own < drafting, own - num_drafts, content))
         return horizon, torch.where(own < drafting, own, drafting)
 
-    def decide(self, logits: torch.FloatTensor, step: int) -> Decisions:
+    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
         num_drafts = [len(drafts) for drafts in self.drafts]
         kept = [drafts + width for drafts, width in zip(num_drafts, self.widths, strict=True)]
         first_index = list(accumulate(kept, initial=0))  # of the logits of each row
@@ -187,7 +187,7 @@ class LosslessUnmasking(DecodingStrategy):
         )
 
     def _judge(
-        self, logits: torch.FloatTensor, first_index: list[int], step: int
+        self, logits: torch.Tensor, first_index: list[int], step: int
     ) -> tuple[list[Decisions], list[int], list[bool]]:
         """Decides the drafts up to the first refusal of each row, and the token in place of that one.
 
@@ -250,7 +250,7 @@ class LosslessUnmasking(DecodingStrategy):
             )
         return decisions, accepted, is_refused
 
-    def _draft(self, logits: torch.FloatTensor, first_index: list[int], step: int) -> list[Decisions]:
+    def _draft(self, logits: torch.Tensor, first_index: list[int], step: int) -> list[Decisions]:
         """Draws the next tokens of each row in parallel; the first one, from its exact conditional, is decided."""
         drafting = [(row, slot) for row, width in enumerate(self.widths) for slot in range(width)]
         if not drafting:
@@ -287,9 +287,9 @@ class LosslessUnmasking(DecodingStrategy):
         self,
         rows: list[int],
         columns: list[int],
-        tokens: torch.LongTensor,
-        scores: torch.FloatTensor,
-        logits: torch.FloatTensor,
+        tokens: torch.Tensor,
+        scores: torch.Tensor,
+        logits: torch.Tensor,
         step: int,
     ) -> Decisions:
         log_probs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)

@@ -70,7 +70,7 @@ class StopWatcher:
     def _says_stop(self, row: int, end: int) -> bool:
         return bool(self.stopping_criteria(self._text(row, end), None).all())
 
-    def _text(self, row: int, end: int) -> torch.LongTensor:
+    def _text(self, row: int, end: int) -> torch.Tensor:
         return self.canvas.tokens[row : row + 1, :end].to(self.device, copy=True)
 
 
@@ -93,7 +93,7 @@ class TextFeed(BaseStreamer):
     def __init__(self, streamer: BaseStreamer):
         self.streamer = streamer
 
-    def put(self, value: torch.LongTensor) -> None:
+    def put(self, value: torch.Tensor) -> None:
         """Takes the prompt from transformers' `generate`, which does not know about holes: `start` passes it on."""
 
     def start(self, canvas: Canvas) -> None:
@@ -140,7 +140,7 @@ class ScoreRecorder:
         for name, values in self.recorded.items():
             values[decisions.rows, decisions.columns] = getattr(decisions, name)
 
-    def outputs(self, is_void: torch.BoolTensor) -> dict[str, torch.FloatTensor]:
+    def outputs(self, is_void: torch.Tensor) -> dict[str, torch.Tensor]:
         """(batch, length, vocab) by name; 0 where `is_void`, (batch, length)."""
         return {
             name: values.masked_fill_(is_void.to(values.device)[..., None], 0)

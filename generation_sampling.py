@@ -39,7 +39,7 @@ def on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
     return torch.Generator().manual_seed(int(seed))
 
 
-def draw_tokens(scores: torch.FloatTensor, uniform: torch.Tensor) -> torch.LongTensor:
+def draw_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draws from softmax(scores), (..., vocab), by inverting the CDF in float64 at `uniform` (...), in [0, 1).
 
     In float32, neither Gumbel noise nor a running sum over a vocabulary reaches the tail of the distribution, which
@@ -48,7 +48,7 @@ def draw_tokens(scores: torch.FloatTensor, uniform: torch.Tensor) -> torch.LongT
     return draw_by_weight(scores.softmax(dim=-1), uniform)
 
 
-def draw_by_weight(weights: torch.FloatTensor, uniform: torch.Tensor) -> torch.LongTensor:
+def draw_by_weight(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draws in proportion to `weights`, (..., vocab), not negative: inverts their CDF in float64 at `uniform`."""
     cdf = weights.cumsum(dim=-1, dtype=torch.float64)
     total = cdf[..., -1:]
@@ -59,11 +59,11 @@ def draw_by_weight(weights: torch.FloatTensor, uniform: torch.Tensor) -> torch.L
 
 
 def select_tokens(
-    logits: torch.FloatTensor,
+    logits: torch.Tensor,
     widths: list[int],
     confidence_threshold: float | None = None,
     entropy_bound: float | None = None,
-) -> torch.BoolTensor:
+) -> torch.Tensor:
     """Decides which candidates adaptive unmasking keeps, of each row at least the most certain one.
 
     Args:
@@ -119,9 +119,7 @@ class TokenSampler:
         self.generator, self.mask_token_id = generator, mask_token_id
         self.looks_at_text = not all(type(processor) in TEXT_FREE_PROCESSORS for processor in processors)
 
-    def process(
-        self, logits: torch.FloatTensor, canvas: Canvas, rows: list[int], columns: list[int]
-    ) -> torch.FloatTensor:
+    def process(self, logits: torch.Tensor, canvas: Canvas, rows: list[int], columns: list[int]) -> torch.Tensor:
         """The scores (slots, vocab) to choose from, at (rows, columns) of the canvas; the logits stay as they are."""
         if not self.processors:
             return logits
@@ -129,7 +127,7 @@ class TokenSampler:
         scores[:, self.mask_token_id] = -torch.inf
         return scores
 
-    def probabilities(self, scores: torch.FloatTensor) -> torch.FloatTensor:
+    def probabilities(self, scores: torch.Tensor) -> torch.Tensor:
         """The distribution (slots, vocab) of the token: softmax of the scores, or all on the largest one."""
         if not self.is_greedy:
             return scores.softmax(dim=-1)
@@ -140,7 +138,7 @@ class TokenSampler:
         return draw_uniform(counts, self.generator, device)
 
 
-def is_drawable(scores: torch.FloatTensor) -> torch.BoolTensor:
+def is_drawable(scores: torch.Tensor) -> torch.Tensor:
     """(slots,): whether there is a token to draw."""
     return scores.amax(dim=-1).isfinite()
 

@@ -21,7 +21,7 @@ from .generation_sampling import (
 
 def plan_rows(
     canvas: Canvas, generator: Generators, in_lockstep: bool, **plan
-) -> tuple[torch.LongTensor, list[list[int]]]:
+) -> tuple[torch.Tensor, list[list[int]]]:
     """Plans in which order, and in which groups, the open columns of every row are filled in.
 
     Args:
@@ -182,7 +182,7 @@ class ParallelUnmasking(DecodingStrategy):
             kept=[range(fed - width, fed) for fed, width in zip(num_fed, self.widths, strict=True)],
         )
 
-    def decide(self, logits: torch.FloatTensor, step: int) -> Decisions:
+    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
         widths = self.widths
         rows, columns = self.schedule.columns(widths)
         scores = self.sampler.process(logits, self.canvas, rows, columns)

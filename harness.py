@@ -108,7 +108,7 @@ class EsoHarnessLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
         return results
 
-    def _model_generate(self, context, max_length: int, stop: list[str], **kwargs) -> torch.LongTensor:
+    def _model_generate(self, context, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
         """Continues contexts, (batch, tokens), padded on the left, until one of the strings in `stop`."""
         temperature = kwargs.pop("temperature", None)
         if temperature:

@@ -64,7 +64,7 @@ def make_attention_mask(
 
 
 def make_clean_first_mask(
-    config: PreTrainedConfig, group: torch.LongTensor, dtype: torch.dtype
+    config: PreTrainedConfig, group: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor | BlockMask:
     """The mask in which slots in text order see what they would in the order clean, masked, padding.
 
@@ -129,8 +129,8 @@ class PackedRows:
 
     num_slots: list[int]
     num_keys: list[int]
-    rows: torch.LongTensor
-    slots: torch.LongTensor
+    rows: torch.Tensor
+    slots: torch.Tensor
 
     @cached_property
     def attend_apart(self) -> bool:

@@ -121,11 +121,11 @@ def learned_positions(decoder: PreTrainedModel) -> int | None:
 
 def run_backbone(
     decoder: PreTrainedModel,
-    input_ids: torch.LongTensor | None = None,
+    input_ids: torch.Tensor | None = None,
     attention_mask: torch.Tensor | BlockMask | None = None,
-    position_ids: torch.LongTensor | None = None,
+    position_ids: torch.Tensor | None = None,
     past_key_values: Cache | None = None,
-    inputs_embeds: torch.FloatTensor | None = None,
+    inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
     **kwargs,
 ) -> BaseModelOutputWithPast:

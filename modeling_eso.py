@@ -213,11 +213,11 @@ class EsoModel(EsoPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPast:
@@ -329,14 +329,14 @@ class EsoForMaskedDiffusion(
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        loss_weights: torch.FloatTensor | None = None,
-        sequential_rows: torch.BoolTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
+        sequential_rows: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -453,10 +453,10 @@ class EsoForMaskedDiffusion(
 
     def _read_text_order(
         self,
-        input_ids: torch.LongTensor | None,
-        inputs_embeds: torch.FloatTensor | None,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
         attention_mask: torch.Tensor | None,
-    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of slots in text order, whether each is clean (0), masked (1) or padding (2), and its text position."""
         tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
         is_masked = tokens == self.config.mask_token_id if input_ids is not None else torch.zeros_like(tokens).bool()
@@ -484,7 +484,7 @@ class EsoForMaskedDiffusion(
         return embeddings
 
 
-def _take_slots(tensor: torch.Tensor, slots: torch.LongTensor) -> torch.Tensor:
+def _take_slots(tensor: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
     """Rearranges dimension 1 of `tensor` (batch, slots, ...) row by row."""
     return tensor[torch.arange(len(slots), device=slots.device)[:, None], slots]
 

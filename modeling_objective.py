@@ -19,9 +19,9 @@ IGNORED_LABEL = -100
 
 
 def require_loss_arguments(
-    labels: torch.LongTensor | None,
-    loss_weights: torch.FloatTensor | None,
-    sequential_rows: torch.BoolTensor | None,
+    labels: torch.Tensor | None,
+    loss_weights: torch.Tensor | None,
+    sequential_rows: torch.Tensor | None,
     batch: int,
     slots: int,
     has_embeddings: bool,
@@ -52,13 +52,13 @@ def require_loss_arguments(
 @torch.compiler.disable(recursive=False)
 def hybrid_loss(
     model: PreTrainedModel,
-    input_ids: torch.LongTensor | None,
-    inputs_embeds: torch.FloatTensor | None,
-    position_ids: torch.LongTensor,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    labels: torch.LongTensor,
-    loss_weights: torch.FloatTensor | None,
-    sequential_rows: torch.BoolTensor | None,
+    labels: torch.Tensor,
+    loss_weights: torch.Tensor | None,
+    sequential_rows: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
 ) -> torch.Tensor:
@@ -113,15 +113,15 @@ def hybrid_loss(
 @torch.compiler.disable(recursive=False)
 def states_at(
     model: PreTrainedModel,
-    is_wanted: torch.BoolTensor,
-    input_ids: torch.LongTensor | None,
-    inputs_embeds: torch.FloatTensor | None,
-    position_ids: torch.LongTensor,
+    is_wanted: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    inputs_embeds: torch.Tensor | None,
+    position_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    labels: torch.LongTensor,
-    sequential_rows: torch.BoolTensor | None,
+    labels: torch.Tensor,
+    sequential_rows: torch.Tensor | None,
     **kwargs,
-) -> tuple[torch.Tensor, torch.LongTensor, torch.LongTensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states that predict the slots `is_wanted`, (batch, slots), each row in its own phase.
 
     Args:
@@ -171,11 +171,11 @@ def states_at(
 @torch.compiler.disable(recursive=False)
 def _query_states(
     model: PreTrainedModel,
-    input_ids: torch.LongTensor,
-    labels: torch.LongTensor,
-    position_ids: torch.LongTensor | None,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
-    is_queried: torch.BoolTensor,
+    is_queried: torch.Tensor,
     **kwargs,
 ) -> torch.Tensor:
     """Hidden states of the queries of the sequential phase's two streams.
@@ -246,6 +246,6 @@ def _is_sharded(model: nn.Module) -> bool:
     return is_fsdp or any(hasattr(weight, "ds_id") for weight in model.parameters())
 
 
-def _take_rows(tensor: torch.Tensor | None, rows: torch.LongTensor) -> torch.Tensor | None:
+def _take_rows(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
     """`tensor[rows]`; tensors that are None or broadcast over the batch stay as they are."""
     return tensor if tensor is None or tensor.shape[0] == 1 else tensor[rows]
