@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import random_batch, random_orders, randomized_model, tiny_config
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
@@ -55,6 +57,21 @@ def test_folder_holds_safetensors_code_and_every_auto_class(folder):
     assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in names)
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert auto_map.keys() == {"AutoConfig", "AutoModel", "AutoModelForMaskedLM", "AutoModelForCausalLM"}
+
+
+@pytest.mark.parametrize("kind", ["eso", "llama"])
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
+def test_folders_saved_by_an_earlier_version_load_and_are_as_they_were(kind, auto_class):
+    folder = Path(__file__).parent / "saved_folders" / kind
+    model, expected = auto_class.from_pretrained(folder), load_file(folder / "expected.safetensors")
+    assert type(model) is EsoForMaskedDiffusion
+    assert model.generation_config.temperature == pytest.approx(0.9)
+    assert model.generation_config.num_diffusion_steps == (4 if kind == "llama" else None)
+    torch.testing.assert_close(model(expected["holes"]).logits, expected["logits"], rtol=0, atol=1e-4)
+    scores = model.log_likelihood(expected["text"], orders=expected["orders"])
+    torch.testing.assert_close(scores.log_likelihood_per_order, expected["log_likelihoods"], rtol=0, atol=1e-4)
+    text = model.generate(expected["holes"], max_new_tokens=4, do_sample=False, alpha_0=0.0)
+    assert torch.equal(text, expected["greedy_text"])
 
 
 @pytest.mark.slow
