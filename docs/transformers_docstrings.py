@@ -1,4 +1,4 @@
-"""Links of docstrings: [`Name`], as transformers writes them, leads to the reference where it has the name."""
+"""Docstrings as transformers writes them, for mkdocstrings: links like [`Name`], types like (`int`, *optional*)."""
 
 import re
 from typing import Any
@@ -6,10 +6,11 @@ from typing import Any
 import griffe
 
 LINK = re.compile(r"\[(`(\w+)`)\](?![\[(])")
+TYPE = re.compile(r"^( *\w[\w, ]* )\((`.*?)\):", flags=re.MULTILINE)
 
 
-class DocstringLinks(griffe.Extension):
-    """Rewrites such links for mkdocstrings; names that are not public are shown as code."""
+class TransformersDocstrings(griffe.Extension):
+    """Leads links to the reference, or shows them as code where a name is not public; takes the marks out of types."""
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         public = {str(name).strip("'\"") for name in pkg.exports or ()}
@@ -22,7 +23,8 @@ class DocstringLinks(griffe.Extension):
 
     def _rewrite(self, obj: griffe.Object, link: Any) -> None:
         if obj.docstring is not None:
-            obj.docstring.value = LINK.sub(link, obj.docstring.value)
+            text = LINK.sub(link, obj.docstring.value)
+            obj.docstring.value = TYPE.sub(lambda match: f"{match[1]}({re.sub('[`*]', '', match[2])}):", text)
         for member in obj.members.values():
             if not member.is_alias:
                 self._rewrite(member, link)
