@@ -9,7 +9,7 @@ SCALE ?= minutes
 # Of `make test-common`: the folder `tests` of transformers' repository (tests/transformers_common/README.md).
 TRANSFORMERS_TESTS ?=
 
-.PHONY: demo test test-all test-common lint bench reproduce clean
+.PHONY: demo test test-all test-common lint docs bench reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -17,12 +17,21 @@ demo: $(VENV)/installed
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS)
 
-test-all: test
+test-all: test docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A broken link or an unknown name of the reference is an error. The copies keep the paths of the repository.
+docs: $(VENV)/installed
+	rm -rf build/docs site
+	mkdir -p build/docs/pages build/docs/source/eso_lm
+	cp *.py build/docs/source/eso_lm
+	tar -cf - --exclude '*.py' README.md LICENSE docs benchmarks/results examples/README.md tests/*/README.md \
+		| tar -xf - -C build/docs/pages
+	$(BIN)/zensical build --strict --clean
 
 test-common: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) \
@@ -41,4 +50,4 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) outputs build *.egg-info
+	rm -rf $(VENV) outputs build site .cache *.egg-info

@@ -6,7 +6,7 @@ python benchmarks/reproduce.py --scale gpu --device cuda
 
 AR, masked diffusion, block diffusion and Eso-LMs, on the same layers, rows and optimiser steps. Runs share the cores,
 one each, go on where they were killed, and are not repeated when complete; then samples are timed one system after the
-other. REPRODUCTION.md says what came out.
+other. docs/claims.md says what came out.
 """
 
 import argparse

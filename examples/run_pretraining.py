@@ -5,7 +5,7 @@ python examples/run_pretraining.py --dataset python --preset tiny --length 128 -
 accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/run_pretraining.py ...
 
 All arguments of transformers' TrainingArguments work. A run that was killed goes on from its last whole checkpoint
-when it is started again, with the same data order, noise, optimiser, averages and random states. examples/README.md
+when it is started again, with the same data order, noise, optimiser, averages and random states. docs/scaling-out.md
 has the settings of the paper.
 """
 
