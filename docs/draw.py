@@ -1,10 +1,12 @@
-"""Draw the pictures of docs/how-it-works.md as SVG, readable in light and in dark mode.
+"""Draw the pictures of docs/how-it-works.md and docs/architecture.md as SVG, readable in light and in dark mode.
 
 python docs/draw.py
 """
 
+import re
 from pathlib import Path
 
+PAGE_OF_ROOMS = Path(__file__).parent / "architecture.md"
 IMAGES = Path(__file__).parent / "images"
 WORDS = ("the", "old", "cat", "sat", "on", "the", "red", "mat")
 CELL = 44
@@ -214,9 +216,49 @@ def cache() -> Drawing:
     return drawing
 
 
+FLOORS = (
+    ("entrances",),
+    ("the network", "training"),
+    ("evaluation", "saving"),
+    ("generation",),
+    ("parts of the network",),
+    ("configuration",),
+    ("foundations",),
+)
+
+
+def rooms() -> Drawing:
+    """The families of modules on their floors, as the table of docs/architecture.md has them."""
+    table = PAGE_OF_ROOMS.read_text(encoding="utf-8").split("\n| family |", 1)[1].split("\n\n", 1)[0]
+    cells = [line.strip("|").split("|") for line in table.splitlines()[2:]]
+    rooms_of = {family.strip(): re.findall(r"`(\w+)\.py`", rooms) for family, rooms, _ in cells}
+    line, margin, gap, width = 20, 20, 26, 900
+    per_line = {family: 1 if len(floor) > 1 else 3 for floor in FLOORS for family in floor}
+    heights = [max(-(-len(rooms_of[family]) // per_line[family]) for family in floor) * line + 44 for floor in FLOORS]
+    drawing = Drawing("rooms", width, sum(heights) + gap * len(FLOORS) + margin, "The rooms of the package, by family")
+    y = margin
+    for floor, height in zip(FLOORS, heights, strict=True):
+        wide = (width - 2 * margin - gap * (len(floor) - 1)) / len(floor)
+        for index, family in enumerate(floor):
+            x = margin + index * (wide + gap)
+            style = "clean" if family in ("the network", "entrances") else "mask"
+            drawing.parts.append(
+                f'<rect class="{style}" x="{x:g}" y="{y:g}" width="{wide:g}" height="{height:g}" rx="8"/>'
+            )
+            drawing.text(x + 14, y + 23, family, "left title")
+            for number, room in enumerate(rooms_of[family]):
+                row, column = divmod(number, per_line[family])
+                drawing.text(x + 14 + column * 285, y + 46 + row * line, f"{room}.py", "left small")
+        y += height
+        if floor is not FLOORS[-1]:
+            drawing.path(f"M {width / 2:g} {y + 3:g} v {gap - 8} m -5 -6 l 5 7 l 5 -7")
+        y += gap
+    return drawing
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    for drawing in (phases(), order(), two_streams(), cache()):
+    for drawing in (phases(), order(), two_streams(), cache(), rooms()):
         (IMAGES / f"{drawing.name}.svg").write_text(drawing.svg(), encoding="utf-8")
         print(f"Wrote docs/images/{drawing.name}.svg")
 
