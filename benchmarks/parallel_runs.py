@@ -1,5 +1,6 @@
 """Runs of a benchmark in processes of their own, side by side, one thread each."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -8,6 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tqdm import tqdm
+
+
+def parse_with_run(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses arguments, `--run NAME` among them; all but that one are noted for `run_in_processes`, as `command`."""
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.command = sys.argv[1:] if arguments is None else arguments
+    return args
 
 
 def run_in_processes(

@@ -3,6 +3,7 @@
 import json
 
 import lossless_speed
+import measuring
 import pytest
 import speed
 import training_cost
@@ -61,7 +62,7 @@ def test_training_costs_what_the_formulas_say(tmp_path):
 def test_intervals_leave_out_the_prompt():
     """A generation of five forwards: the first holds the prompt, the four after it are timed."""
     model = randomized_model()
-    clock = speed.Intervals(model, "cpu")
+    clock = measuring.Intervals(model, "cpu")
     model.generate(random_batch(model, 1, 4), max_new_tokens=5, alpha_0=0.0)
     intervals = clock.close()
     assert len(intervals) == 4
@@ -70,10 +71,10 @@ def test_intervals_leave_out_the_prompt():
 
 
 def test_summaries_are_medians_and_quartiles():
-    assert speed.summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
-    summary = speed.summary([float(value) for value in range(1, 8)])
+    assert measuring.summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    summary = measuring.summary([float(value) for value in range(1, 8)])
     assert summary == {"median": 4.0, "low": pytest.approx(2.5), "high": pytest.approx(5.5)}
-    assert speed.summary([1.0, 9.0]) == {"median": 5.0, "low": 3.0, "high": 7.0}, "within what was seen"
+    assert measuring.summary([1.0, 9.0]) == {"median": 5.0, "low": 3.0, "high": 7.0}, "within what was seen"
 
 
 def test_lossless_at_toy_size(tmp_path):

@@ -18,8 +18,8 @@ import run_pretraining
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from text_data import load_text_dataset, tokenize, train_tokenizer
-from tiny_models import randomized_model
+from text_data import LAYOUTS, hold_out_first, load_text_dataset, tokenize, train_tokenizer, with_special_tokens
+from tiny_models import randomized_model, save_with_tokenizer, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from trainer_callbacks import WholeCheckpoints, changed_settings, checkpoints_in, last_whole_checkpoint
 from transformers import (
@@ -34,10 +34,14 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from two_processes import EXAMPLES, run_on_two_processes
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion, ExponentialMovingAverageCallback
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+
+def options(settings: dict) -> list[str]:
+    """Settings as arguments of a script; None: not given."""
+    return [f"--{name}={value}" for name, value in settings.items() if value is not None]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +86,7 @@ def pretraining_arguments(texts: Path, config: Path, output: Path, /, **changes)
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    return [f"--{name}={value}" for name, value in (settings | changes).items() if value is not None]
+    return options(settings | changes)
 
 
 def pretrain(*arguments, **changes) -> list[dict]:
@@ -288,7 +292,6 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(texts, small_config, tmp_pa
         command + pretraining_arguments(texts, small_config, output, **changes),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )
     deadline = time.monotonic() + 240
     while not (output / "checkpoint-10" / "complete").exists() and process.poll() is None:
@@ -426,10 +429,10 @@ def test_a_mask_that_means_something_else_is_refused(tmp_path):
     tokenizer = train_tokenizer(["some text to learn from"], 300, 16)
     tokenizer.mask_token = tokenizer.eos_token
     with pytest.raises(ValueError, match="must be a token of its own"):
-        run_pretraining.with_special_tokens(tokenizer)
+        with_special_tokens(tokenizer)
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 2}, unk_token="a"))
     plain = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-    assert run_pretraining.with_special_tokens(plain).mask_token_id == 3
+    assert with_special_tokens(plain).mask_token_id == 3
     assert plain.pad_token_id == plain.eos_token_id == 2
     assert len(plain) == 4
 
@@ -439,7 +442,7 @@ def test_beginnings_and_ends_of_other_names():
     words = Tokenizer(models.WordLevel({"a": 0, "[CLS]": 1, "[SEP]": 2, "[MASK]": 3, "[PAD]": 4}, unk_token="a"))
     special = {"cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]", "pad_token": "[PAD]"}
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = run_pretraining.with_special_tokens(PreTrainedTokenizerFast(tokenizer_object=words, **special))
+    tokenizer = with_special_tokens(PreTrainedTokenizerFast(tokenizer_object=words, **special))
     rows = tokenize(Dataset.from_dict({"text": ["a", "[MASK]"]}), tokenizer, 8, "documents")["input_ids"]
     assert [(row[0], row[-1]) for row in rows] == [(1, 2), (1, 2)]
     assert 3 not in rows[1], "what looks like a mask is text"
@@ -447,9 +450,9 @@ def test_beginnings_and_ends_of_other_names():
 
 def test_a_few_documents_are_held_out():
     few, many = (Dataset.from_dict({"text": ["a"] * count}) for count in (40, 5000))
-    assert [len(part) for part in run_pretraining.split(few, None)] == [2, 38]
-    assert [len(part) for part in run_pretraining.split(many, None)] == [100, 4900]
-    assert run_pretraining.split(few.take(1), None)[0] is None
+    assert [len(part) for part in hold_out_first(few, None)] == [2, 38]
+    assert [len(part) for part in hold_out_first(many, None)] == [100, 4900]
+    assert hold_out_first(few.take(1), None)[0] is None
 
 
 def test_rows_of_each_layout():
@@ -460,10 +463,7 @@ def test_rows_of_each_layout():
     for streaming in (False, True):
         data = Dataset.from_dict({"text": documents})
         data = data.to_iterable_dataset() if streaming else data
-        rows = {
-            layout: [r["input_ids"] for r in tokenize(data, tokenizer, 8, layout)]
-            for layout in run_pretraining.LAYOUTS
-        }
+        rows = {layout: [r["input_ids"] for r in tokenize(data, tokenizer, 8, layout)] for layout in LAYOUTS}
         assert rows["packed"] == [stream[i : i + 8] for i in range(0, len(stream) - 7, 8)]
         assert [row[1:-1] for row in rows["wrapped"]] == [stream[i : i + 6] for i in range(0, len(stream) - 5, 6)]
         assert all(row[0] == row[-1] == end for row in rows["wrapped"] + rows["documents"])
@@ -531,8 +531,7 @@ def finetune(model: Path, lines: list[dict], output: Path, **changes) -> list[di
         "disable_tqdm": True,
         "use_cpu": True,
     }
-    arguments = [f"--{name}={value}" for name, value in (settings | changes).items()]
-    run_finetuning.main(*run_finetuning.parse_args(arguments))
+    run_finetuning.main(*run_finetuning.parse_args(options(settings | changes)))
     return json.loads((output / "metrics.json").read_text())
 
 
@@ -673,21 +672,6 @@ def test_adapters_are_not_tuned_again(pretrained, tmp_path):
         finetune(tmp_path / "first", completions(), tmp_path / "second", lora_rank=2, max_steps=1)
 
 
-def launch(script: Path, *arguments: str | Path) -> str:
-    """Runs a script on two CPU processes; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [*command, str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path},
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return run.stdout
-
-
 TWO_PROCESSES_GO_ON = """
 import sys
 import time
@@ -728,7 +712,7 @@ def test_two_processes_go_on_as_one(tmp_path):
     """What the main process sees holds for both, and a checkpoint is whole when both have written theirs."""
     script = tmp_path / "script.py"
     script.write_text(TWO_PROCESSES_GO_ON, encoding="utf-8")
-    assert launch(script, tmp_path / "run").count("refused") == 2
+    assert run_on_two_processes(script, tmp_path / "run").stdout.count("refused") == 2
     sizes = json.loads((tmp_path / "run" / "checkpoint-3" / "complete").read_text())
     assert sizes == {"rng_state_0.pth": 6, "rng_state_1.pth": 6}
 
@@ -744,7 +728,7 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
     arguments = pretraining_arguments(
         texts, small_config, tmp_path / "two", **changes, accelerator_config=whole_batches
     )
-    launch(EXAMPLES / "run_pretraining.py", *arguments)
+    run_on_two_processes(EXAMPLES / "run_pretraining.py", *arguments)
     assert len([*(tmp_path / "two" / "checkpoint-6").glob("rng_state_*.pth")]) == 2, "of two processes"
     together = json.loads((tmp_path / "two" / "metrics.json").read_text())
     assert losses(together) == pytest.approx(losses(alone), rel=1e-4)
@@ -758,7 +742,7 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
         pretrain(texts, small_config, tmp_path / "two", **changes, accelerator_config=whole_batches)
     uninterrupted = shutil.copytree(tmp_path / "two", tmp_path / "uninterrupted")
     cut_off(tmp_path / "two" / "checkpoint-6" / "rng_state_1.pth")
-    told = launch(EXAMPLES / "run_pretraining.py", *arguments)
+    told = run_on_two_processes(EXAMPLES / "run_pretraining.py", *arguments).stdout
     assert f"Going on from {tmp_path / 'two' / 'checkpoint-3'}." in told
     assert_same_weights(uninterrupted, tmp_path / "two")
 
@@ -766,16 +750,13 @@ def test_two_processes_learn_like_one(texts, small_config, tmp_path):
 @pytest.mark.slow
 def test_finetuning_of_weights_in_4_bits(tmp_path):
     """QLoRA: bitsandbytes has kernels for the CPU."""
-    tokenizer = train_tokenizer(["The number 5 is followed by the number 6. " * 20], 300, 32)
-    tokens = {"vocab_size": len(tokenizer), "mask_token_id": tokenizer.mask_token_id, "eos_token_id": 0}
     sizes = {"hidden_size": 64, "intermediate_size": 128, "cond_dim": 64}  # multiples of 32, for its kernels
-    randomized_model(**tokens, **sizes).save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    save_with_tokenizer(tmp_path / "model", ["The number 5 is followed by the number 6. " * 20], **sizes)
     (tmp_path / "train.jsonl").write_text('{"prompt": "The number", "completion": " 5."}\n' * 8)
     arguments = {"model": tmp_path / "model", "train_file": tmp_path / "train.jsonl", "output_dir": tmp_path / "tuned"}
     arguments |= {"max_steps": 8, "learning_rate": 1e-2, "use_cpu": True, "report_to": "none", "logging_steps": 1}
     arguments |= {"lora_rank": 4, "load_in_4bit": True, "disable_tqdm": True, "warmup_steps": 0}
-    run_finetuning.main(*run_finetuning.parse_args([f"--{name}={value}" for name, value in arguments.items()]))
+    run_finetuning.main(*run_finetuning.parse_args(options(arguments)))
     history = losses(json.loads((tmp_path / "tuned" / "metrics.json").read_text()))
     assert history[-1] < history[0] - 1
     assert (tmp_path / "tuned" / "adapter_model.safetensors").exists()
@@ -784,7 +765,7 @@ def test_finetuning_of_weights_in_4_bits(tmp_path):
 @pytest.fixture
 def causal_folder(tmp_path) -> Path:
     """A tiny Llama with a tokenizer that knows no mask and no padding."""
-    trained = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+    trained = tiny_tokenizer()
     backend = Tokenizer.from_str(trained.backend_tokenizer.to_str().replace(trained.mask_token, "<|other|>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=trained.eos_token)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -798,8 +779,7 @@ def adapt(model: Path, texts: Path, output: Path, **changes) -> None:
     settings = {"model": model, "dataset": texts, "text_column": "body", "output_dir": output, "length": 24}
     settings |= {"held_out_documents": 5, "held_out_rows": 4, "evaluate_every": 2, "max_steps": 4, "save_steps": 2}
     settings |= {"report_to": "none", "disable_tqdm": True, "use_cpu": True}
-    arguments = [f"--{name}={value}" for name, value in (settings | changes).items()]
-    adapt_causal_lm.main(*adapt_causal_lm.parse_args(arguments))
+    adapt_causal_lm.main(*adapt_causal_lm.parse_args(options(settings | changes)))
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 """Models small enough to enumerate, with weights that make every path count."""
 
 import itertools
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from text_data import train_tokenizer, vocabulary_of
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
@@ -35,6 +37,19 @@ def randomized_model(
                 parameter.add_(1)
     model.set_attn_implementation(attention)
     return model.to(dtype).eval()
+
+
+def tiny_tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most 300 tokens, trained on `texts`, or on a pangram."""
+    return train_tokenizer(texts or ["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+
+
+def save_with_tokenizer(folder: Path, texts: list[str] | None = None, **settings) -> PreTrainedTokenizerFast:
+    """Saves a `randomized_model` with a `tiny_tokenizer`, and returns the latter."""
+    tokenizer = tiny_tokenizer(texts)
+    randomized_model(**vocabulary_of(tokenizer), **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
 
 
 def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
