@@ -10,6 +10,7 @@ one each, and go on where they were killed; those that are complete are not repe
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
 from fresh_models import add_sizes
@@ -28,7 +29,7 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import adapt_causal_lm
-from text_data import hold_out_twentieth, load_text_dataset, python_documents, tokenize, train_tokenizer, write_texts
+from text_data import hold_out_twentieth, load_documents, make_rows, python_documents, train_tokenizer, write_texts
 
 WAYS = {  # arguments of adapt_causal_lm.py
     "from scratch": ["--anneal", "0"],
@@ -86,6 +87,7 @@ def training_options(folder: Path, steps: int, args: argparse.Namespace) -> list
 
 
 def count_held_out(args: argparse.Namespace) -> int:
+    """A twentieth of the texts, rounded up: the first ones of the file."""
     with (args.work / "texts.jsonl").open(encoding="utf-8") as file:
         return -(-sum(1 for _ in file) // 20)
 
@@ -98,7 +100,7 @@ def train_causal(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     model = LlamaForCausalLM.from_pretrained(args.work / "fresh")
     tokenizer = AutoTokenizer.from_pretrained(args.work / "fresh")
-    rows = tokenize(load_text_dataset(arguments.dataset).skip(arguments.held_out_documents), tokenizer, args.length)
+    _, rows = make_rows(*load_documents(arguments), tokenizer, arguments)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, training, data_collator=collator, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
@@ -119,17 +121,17 @@ def run(name: str, args: argparse.Namespace) -> None:
 
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """Where the model of a run goes."""
     return args.work / "".join(character if character.isalnum() or character == "." else "_" for character in name)
 
 
 def collect(args: argparse.Namespace) -> list[dict]:
     """The held-out NELBO of every run, by step."""
     rows = []
-    for alpha_0 in args.alphas:
-        for name in WAYS:
-            history = json.loads((folder_of(f"{name}:{alpha_0:g}", args) / "metrics.json").read_text())
-            curve = {row["step"]: row["held_out_nelbo"] for row in history if "held_out_nelbo" in row}
-            rows.append({"alpha_0": alpha_0, "way": name, "nelbo": curve, "final": list(curve.values())[-1]})
+    for alpha_0, way in product(args.alphas, WAYS):
+        history = json.loads((folder_of(f"{way}:{alpha_0:g}", args) / "metrics.json").read_text())
+        curve = {row["step"]: row["held_out_nelbo"] for row in history if "held_out_nelbo" in row}
+        rows.append({"alpha_0": alpha_0, "way": way, "nelbo": curve, "final": list(curve.values())[-1]})
     return rows
 
 
@@ -173,11 +175,11 @@ def main(args: argparse.Namespace) -> None:
         return run(args.run, args)
     if not (args.work / "fresh" / "config.json").exists():
         prepare(args)
-    names = [f"{way}:{alpha_0:g}" for alpha_0 in args.alphas for way in WAYS]
-    for some in (["causal"], names):
+    ways = [f"{way}:{alpha_0:g}" for alpha_0, way in product(args.alphas, WAYS)]
+    for names in (["causal"], ways):
         run_in_processes(
             [__file__, *args.command],
-            some,
+            names,
             lambda name: (folder_of(name, args) / "model.safetensors").exists(),
             args.work / "logs",
             args.processes,

@@ -10,6 +10,7 @@ import argparse
 import json
 from functools import partial
 from itertools import product
+from statistics import median
 
 import torch
 from fresh_models import add_sizes, fresh_eso_lm
@@ -33,13 +34,10 @@ def measure(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict
         )
         functions = {"lockstep": partial(generate, lockstep=True), "independent": generate}
         times = interleaved(functions, args.repeats, args.device)
-        ratios = [
-            independent / lockstep
-            for lockstep, independent in zip(times["lockstep"], times["independent"], strict=True)
-        ]
+        pairs = zip(times["independent"], times["lockstep"], strict=True)
         row = {"batch": batch, "steps": steps, "length": args.length}
-        row |= {name: summary(values)["median"] for name, values in times.items()}
-        rows.append(row | {"ratio": summary(ratios)})
+        row |= {name: median(values) for name, values in times.items()}
+        rows.append(row | {"ratio": summary([independent / lockstep for independent, lockstep in pairs])})
         print(json.dumps(rows[-1]), flush=True)
     return rows
 

@@ -29,16 +29,17 @@ def measure(model: eso_lm.EsoForMaskedDiffusion, length: int, args: argparse.Nam
     generate = partial(model.generate, **common, temperature=args.temperature)
     start = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     llama = similar_llama(model, length)
-    systems = {"Llama": partial(llama.generate, start, attention_mask=torch.ones_like(start), top_k=0, **common)}
+    of_llama = partial(llama.generate, start, attention_mask=torch.ones_like(start), top_k=0, **common)
     rows = []
     for order, alpha_0 in product(args.orders, args.alphas):
         # A strided order of one token a step is a uniform one.
-        one_token = {"alpha_0": alpha_0, "unmasking_order": "strided", "num_diffusion_steps": length}
-        systems["one token"] = partial(generate, **one_token)
+        one_token = partial(generate, alpha_0=alpha_0, unmasking_order="strided", num_diffusion_steps=length)
+        lossless = partial(
+            generate, alpha_0=alpha_0, unmasking_order=order, lossless=True, return_dict_in_generate=True
+        )
+        systems = {"Llama": of_llama, "one token": one_token}
         for draft in args.drafts:
-            lossless = {"lossless": True, "draft_length": draft if draft == "auto" else int(draft)}
-            lossless["return_dict_in_generate"] = True
-            systems[draft] = partial(generate, **lossless, alpha_0=alpha_0, unmasking_order=order)
+            systems[draft] = partial(lossless, draft_length=draft if draft == "auto" else int(draft))
         times, outputs = ({name: [] for name in systems} for _ in range(2))
         for repeat in tqdm(range(args.repeats + 1), desc=f"L = {length}, {order}, alpha_0 = {alpha_0:g}"):
             set_seed(repeat)

@@ -25,7 +25,6 @@ def run_in_processes(
     is_complete: Callable[[str], bool],
     logs: Path,
     processes: int,
-    threads: int = 1,
     description: str = "Runs",
 ) -> None:
     """Starts a script with `--run NAME` added to its arguments, for each name that is not complete.
@@ -39,7 +38,6 @@ def run_in_processes(
         is_complete: Whether the results of a run are there.
         logs: Folder for what the runs print.
         processes: Runs at a time.
-        threads: Threads of each.
         description: Of the progress bar.
 
     Raises:
@@ -51,7 +49,7 @@ def run_in_processes(
         if is_complete(name):
             return
         log = logs / f"{name.replace(':', '_')}.log"
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         line = [sys.executable, *command, "--run", name]
         with log.open("w", encoding="utf-8") as file:
             finished = subprocess.run(line, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment)

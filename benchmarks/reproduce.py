@@ -44,7 +44,8 @@ from text_data import hold_out_twentieth, pack, python_documents, train_tokenize
 from trainer_callbacks import last_whole_checkpoint, train_or_go_on
 
 METRICS = Path(__file__).parents[1] / "metrics"
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3)  # learning rates that are tried
+TUNED = ("ar", "eso_0.25")  # with these systems
 
 
 class Corpus:
@@ -88,7 +89,8 @@ def train(name: str, rate: float, steps: int, folder: Path, corpus: Corpus, args
     scale = SCALES[args.scale]
     seed = args.seed + (name == "judge")
     set_seed(seed)
-    model = new_model(corpus.tokenizer, alpha_of(name) if alpha_of(name) is not None else 1.0, scale)
+    alpha_0 = alpha_of(name)
+    model = new_model(corpus.tokenizer, 1.0 if alpha_0 is None else alpha_0, scale)
     training = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -147,16 +149,14 @@ def likelihood(
 
 
 def run(name: str, args: argparse.Namespace) -> None:
-    """One run, in this process: training and likelihoods of a system, or a try of a learning rate ("tune:...")."""
-    corpus, scale = Corpus(args), SCALES[args.scale]
+    """One run, in this process: a system or the judge by name, or a try of a learning rate, "tune:system:rate"."""
+    corpus, scale, folder = Corpus(args), SCALES[args.scale], folder_of(name, args)
     is_tuning = name.startswith("tune:")
     if is_tuning:
         _, system, rate = name.split(":")
-        folder = args.work / f"tune_{system}_{rate}"
         history = train(system, float(rate), scale.tune_steps, folder, corpus, args)
     else:
-        system, folder = name, args.work / name
-        steps = scale.judge_steps if name == "judge" else scale.steps
+        system, steps = name, scale.judge_steps if name == "judge" else scale.steps
         history = train(system, learning_rate(args), steps, folder, corpus, args)
     model = EsoForMaskedDiffusion.from_pretrained(folder).to(args.device)
     record = {"likelihood": likelihood(system, model, corpus, args, not is_tuning), "history": history}
@@ -165,22 +165,28 @@ def run(name: str, args: argparse.Namespace) -> None:
     (folder / "result.incomplete").rename(folder / "result.json")
 
 
+def folder_of(name: str, args: argparse.Namespace) -> Path:
+    return args.work / name.replace(":", "_")
+
+
 def result_of(name: str, args: argparse.Namespace) -> dict:
-    return json.loads((args.work / name / "result.json").read_text())
+    return json.loads((folder_of(name, args) / "result.json").read_text())
 
 
-def held_out_loss(record: dict) -> float:
-    """What compares systems: the NELBO, or the exact loss where there is no other."""
-    return next(record["likelihood"][kind]["mean"] for kind in ("nelbo", "exact") if kind in record["likelihood"])
+def tuning_losses(args: argparse.Namespace) -> dict[tuple[str, float], float]:
+    """The held-out loss of each system at each learning rate: the NELBO, or the exact loss where there is no other."""
+    losses = {}
+    for rate in RATES:
+        for system in TUNED:
+            found = result_of(f"tune:{system}:{rate:g}", args)["likelihood"]
+            losses[system, rate] = (found.get("nelbo") or found["exact"])["mean"]
+    return losses
 
 
 def learning_rate(args: argparse.Namespace) -> float:
     """The one of least held-out loss, summed over the systems that were tried: the same for all."""
-    losses = {
-        rate: sum(held_out_loss(result_of(f"tune_{system}_{rate:g}", args)) for system in ("ar", "eso_0.25"))
-        for rate in RATES
-    }
-    return min(losses, key=losses.get)
+    losses = tuning_losses(args)
+    return min(RATES, key=lambda rate: sum(losses[system, rate] for system in TUNED))
 
 
 def sample_all(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
@@ -238,32 +244,27 @@ def main(args: argparse.Namespace) -> None:
         run_in_processes(
             command,
             names,
-            lambda name: (args.work / name.replace(":", "_") / "result.json").exists(),
+            lambda name: (folder_of(name, args) / "result.json").exists(),
             args.work / "logs",
             args.processes,
             description=description,
         )
 
-    in_processes([f"tune:{system}:{rate:g}" for rate in RATES for system in ("ar", "eso_0.25")], "Learning rates")
+    in_processes([f"tune:{system}:{rate:g}" for rate in RATES for system in TUNED], "Learning rates")
     in_processes([*reversed(systems()), "judge"], "Systems")
 
-    orders = (1, 3, 5)
     rows, held_out = corpus.train["input_ids"][:], corpus.held_out.tolist()
-    ngram = {}
-    for order in tqdm(orders, desc="n-grams"):
-        losses = KneserNey(rows, order, len(corpus.tokenizer)).loss(held_out)
-        ngram[order] = sum(losses) / len(losses)
+    ngram = {
+        order: fmean(KneserNey(rows, order, len(corpus.tokenizer)).loss(held_out))
+        for order in tqdm((1, 3, 5), desc="n-grams")
+    }
     points = sample_all(corpus, args)
     settings = {
         "scale": args.scale,
         "seed": args.seed,
         "hardware": hardware(args.device),
         "learning_rate": learning_rate(args),
-        "tuning": {
-            f"{system}, {rate:g}": held_out_loss(result_of(f"tune_{system}_{rate:g}", args))
-            for rate in RATES
-            for system in ("ar", "eso_0.25")
-        },
+        "tuning": {f"{system}, {rate:g}": loss for (system, rate), loss in tuning_losses(args).items()},
         "parameters": new_model(corpus.tokenizer, 1.0, scale).num_parameters(),
         "train_tokens": len(rows) * scale.length,
         "sampling_batch": min(args.sampling_batch, scale.num_samples),

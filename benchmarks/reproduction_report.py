@@ -6,9 +6,8 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 from reporting import table
-from reproduction_systems import ALPHAS, BLOCKS, systems
+from reproduction_systems import ALPHAS, BLOCKS, alpha_of, systems
 
-ORDER_STYLES = {"random": "--", "strided": "-"}
 COLORS = dict(zip(systems(), matplotlib.colormaps["tab10"].colors, strict=False))
 
 
@@ -28,6 +27,12 @@ def fair_points(points: list[dict]) -> list[dict]:
     """Samples about as varied as text: those whose entropy is at most 0.3 nats below."""
     text = text_point(points)
     return [point for point in points if point is not text and point["entropy"] >= text["entropy"] - 0.3]
+
+
+def split_lossless(points: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Those sampled as planned, and the lossless ones."""
+    lossless = [point for point in points if point["setting"].get("lossless")]
+    return [point for point in points if point not in lossless], lossless
 
 
 def describe(setting: dict) -> str:
@@ -125,9 +130,7 @@ def plot_quality(results: dict, path: Path) -> None:
     text = text_point(results["points"])
     for panel, cost, label in zip(panels, ("nfe", "seconds"), ("forwards", "seconds a text"), strict=True):
         for name in names:
-            points = [point for point in fair if point["system"] == name]
-            plain = [point for point in points if not point["setting"].get("lossless")]
-            lossless = [point for point in points if point["setting"].get("lossless")]
+            plain, lossless = split_lossless([point for point in fair if point["system"] == name])
             for some, marker, size in ((plain, "o", 14), (lossless, "*", 70)):
                 panel.scatter(
                     [point[cost] for point in some],
@@ -156,20 +159,18 @@ def plot_steps(results: dict, path: Path) -> None:
     panel = figure.subplots()
     points, names = results["points"], systems()
     text = text_point(points)
-    lines = [("mdm", {}, "--"), *((f"bd{length}", {}, ":") for length in BLOCKS)]
-    lines += [("eso_1", {"alpha_0": 1.0, "unmasking_order": order}, style) for order, style in ORDER_STYLES.items()]
-    lines += [("eso_0.25", {"alpha_0": 0.25, "unmasking_order": "strided"}, "-")]
-    for name, setting, style in lines:
+    lines = [("mdm", None, "--"), *((f"bd{length}", None, ":") for length in BLOCKS)]
+    lines += [("eso_1", "random", "--"), ("eso_1", "strided", "-"), ("eso_0.25", "strided", "-")]
+    for name, order, style in lines:
+        setting = {} if order is None else {"alpha_0": alpha_of(name), "unmasking_order": order}
+        label = names[name] if order is None else f"{names[name]}, {order}"
         mine = [p for p in points if p["system"] == name and setting.items() <= p["setting"].items()]
-        for some, marker, line in (
-            ([p for p in mine if not p["setting"].get("lossless")], "o", style),
-            ([p for p in mine if p["setting"].get("lossless")], "*", ""),
-        ):
+        plain, lossless = split_lossless(mine)
+        for some, marker, size, line, note in ((plain, "o", 4, style, ""), (lossless, "*", 12, "", " lossless")):
             curve = sorted((p["nfe"], math.exp(p["judge_nats"])) for p in some)
             if curve:
-                label = ", ".join([names[name], *map(str, list(setting.values())[1:])]) + (" lossless" * (line == ""))
-                size = 12 if line == "" else 4
-                panel.plot(*zip(*curve, strict=True), line, marker=marker, ms=size, color=COLORS[name], label=label)
+                looks = {"marker": marker, "ms": size, "color": COLORS[name], "label": label + note}
+                panel.plot(*zip(*curve, strict=True), line, **looks)
     panel.axhline(math.exp(text["judge_nats"]), color="gray", linestyle=":", linewidth=1)
     panel.set_xscale("log", base=2)
     panel.set_yscale("log")

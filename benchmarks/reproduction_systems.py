@@ -22,17 +22,17 @@ class Scale:
 
     hidden_size: int
     num_layers: int
-    length: int
+    length: int  # tokens of a row, and of a sample
     vocab_size: int
-    batch_size: int
+    batch_size: int  # rows of a step
     steps: int
     judge_steps: int
-    tune_steps: int
+    tune_steps: int  # of each try of a learning rate
     held_out_rows: int
-    num_draws: int
-    num_orders: int
-    num_samples: int
-    diffusion_steps: tuple[int, ...]
+    num_draws: int  # of the noise, for a NELBO
+    num_orders: int  # for the bound of an exact likelihood
+    num_samples: int  # at each setting
+    diffusion_steps: tuple[int, ...]  # settings of masked diffusion and Eso-LMs
     every: int = 1  # one document of so many
 
 

@@ -52,8 +52,8 @@ def score(model: eso_lm.EsoForMaskedDiffusion, sequences: torch.LongTensor, num_
 def main(args: argparse.Namespace) -> None:
     model = AutoModel.from_pretrained(args.model).eval()
     results = []
-    settings = [(family, setting) for family, settings in FAMILIES.items() for setting in settings]
-    for family, setting in tqdm(settings, desc="Settings"):
+    pairs = [(family, setting) for family, settings in FAMILIES.items() for setting in settings]
+    for family, setting in tqdm(pairs, desc="Settings"):
         set_seed(args.seed)
         forwards, samples = 0, []
         for _ in range(args.num_samples):

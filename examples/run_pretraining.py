@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
 from text_data import (
     LAYOUTS,
+    AnyDataset,
     TextArguments,
     load_documents,
     make_rows,
@@ -145,7 +145,7 @@ def check(arguments: Arguments, training: TrainingArguments) -> None:
         raise ValueError("`max_steps` must be set for streamed texts, whose number is not known.")
 
 
-def prepare_tokenizer(arguments: Arguments, texts: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
+def prepare_tokenizer(arguments: Arguments, texts: AnyDataset) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, that of the model to go on from if no other is named, or trains one on the texts."""
     name = arguments.tokenizer or arguments.init_from
     if name is not None:

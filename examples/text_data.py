@@ -1,4 +1,4 @@
-"""Text, tokenizer and packed blocks for the examples: nothing here needs a network."""
+"""Texts, tokenizers and rows of tokens for the examples."""
 
 import ast
 import inspect
@@ -18,6 +18,7 @@ END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 MIN_DOCUMENT_LENGTH = 80  # characters
 LAYOUTS = ("packed", "wrapped", "documents")
 HOLE = re.compile(r"<mask:(\d+)>")
+AnyDataset = Dataset | IterableDataset  # read before training, or while
 
 
 @dataclass(kw_only=True)
@@ -71,7 +72,7 @@ def text_file_documents(folder: str | Path) -> list[str]:
 
 def load_text_dataset(
     name: str, config: str | None = None, split: str = "train", column: str = "text", streaming: bool = False
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Texts in a column `text`: of a file (.txt, .jsonl, .json, .parquet), a folder of .txt files, or the Hub.
 
     Args:
@@ -133,9 +134,7 @@ def hold_out_twentieth(documents: list[str]) -> tuple[list[str], list[str]]:
     return documents[::20], [document for index, document in enumerate(documents) if index % 20]
 
 
-def hold_out_first(
-    texts: Dataset | IterableDataset, count: int | None
-) -> tuple[Dataset | IterableDataset | None, Dataset | IterableDataset]:
+def hold_out_first(texts: AnyDataset, count: int | None) -> tuple[AnyDataset | None, AnyDataset]:
     """The first `count` documents, if any are held out, and the others; None: 100, or a twentieth of a few."""
     if count is None:
         count = min(100, len(texts) // 20) if isinstance(texts, Dataset) else 100
@@ -146,9 +145,7 @@ def hold_out_first(
     return texts.take(count), texts.skip(count)
 
 
-def load_documents(
-    arguments: TextArguments,
-) -> tuple[Dataset | IterableDataset | None, Dataset | IterableDataset]:
+def load_documents(arguments: TextArguments) -> tuple[AnyDataset | None, AnyDataset]:
     """The documents that are held out, if any are, and the others."""
     texts = load_text_dataset(
         arguments.dataset,
@@ -161,11 +158,8 @@ def load_documents(
 
 
 def make_rows(
-    held_out: Dataset | IterableDataset | None,
-    texts: Dataset | IterableDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    arguments: TextArguments,
-) -> tuple[list[dict], Dataset | IterableDataset]:
+    held_out: AnyDataset | None, texts: AnyDataset, tokenizer: PreTrainedTokenizerBase, arguments: TextArguments
+) -> tuple[list[dict], AnyDataset]:
     """The rows to evaluate, `held_out_rows` at most, and those to train on.
 
     Raises:
@@ -251,12 +245,12 @@ def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) 
 
 
 def tokenize(
-    data: Dataset | IterableDataset,
+    data: AnyDataset,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     layout: str = "packed",
     batch_size: int | None = 1000,
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Turns texts into rows of at most `length` tokens.
 
     Args:

@@ -2,12 +2,16 @@
 
 import json
 
+import context_growth
+import independent_rows
 import lossless_speed
 import measuring
 import pytest
 import speed
 import training_cost
 from tiny_models import random_batch, randomized_model
+
+import unmasking
 
 
 def test_speed_at_toy_size(tmp_path):
@@ -93,3 +97,26 @@ def test_lossless_at_toy_size(tmp_path):
         assert row["speedup"] == pytest.approx(row["one_token_ms"] / row["ms_per_token"])
     assert (tmp_path / "lossless.md").read_text().count("\n") == 12
     assert (tmp_path / "lossless.png").stat().st_size > 5000
+
+
+def test_steps_and_rows_at_toy_size(tmp_path):
+    sizes = f"--output {tmp_path} --hidden-size 32 --num-layers 1 --num-heads 2 --vocab-size 64 --repeats 3"
+    context_growth.main(context_growth.parse_args(f"{sizes} --contexts 8 16 --tokens 2".split()))
+    results = json.loads((tmp_path / "context_growth.json").read_text())["results"]
+    assert [row["context"] for row in results] == [8, 16]
+    assert results[0]["growth_ms"] == results[0]["attention_growth_ms"] == 0
+    independent_rows.main(independent_rows.parse_args(f"{sizes} --batches 2 --length 8 --steps 2".split()))
+    results = json.loads((tmp_path / "independent_rows.json").read_text())["results"]
+    assert [(row["batch"], row["steps"]) for row in results] == [(2, 2), (2, "max")]
+    for row in results:
+        assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+
+
+def test_unmasking_at_toy_size(tmp_path):
+    randomized_model().save_pretrained(tmp_path / "model")
+    arguments = f"--model {tmp_path / 'model'} --output {tmp_path} --length 8 --num-samples 2 --num-orders 1"
+    unmasking.main(unmasking.parse_args(arguments.split()))
+    results = json.loads((tmp_path / "unmasking.json").read_text())["results"]
+    assert {row["family"] for row in results} == unmasking.FAMILIES.keys()
+    assert all(1 <= row["nfe"] <= 8 and 0 <= row["repetition"] < 1 for row in results)
+    assert (tmp_path / "unmasking.png").stat().st_size > 5000
