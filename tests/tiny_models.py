@@ -10,17 +10,17 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
 
+SIZES = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+
+
 def tiny_config(**overrides) -> EsoConfig:
-    sizes = {
-        "vocab_size": 24,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "cond_dim": 16,
-        "max_position_embeddings": 32,
-        "alpha_0": 0.5,
-    }
-    return EsoConfig(**sizes | overrides)
+    return EsoConfig(**SIZES | {"cond_dim": 16, "alpha_0": 0.5} | overrides)
 
 
 def randomized_model(
@@ -54,16 +54,7 @@ def save_with_tokenizer(folder: Path, texts: list[str] | None = None, **settings
 
 def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
     """A tiny causal decoder of transformers, by its model type."""
-    sizes = {
-        "vocab_size": 24,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     gated = {"num_key_value_heads": 2, "intermediate_size": 48}
     latent = {
         "num_key_value_heads": 4,
@@ -94,7 +85,7 @@ def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
         "gpt_neox": {"intermediate_size": 48},
         "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
     }
-    return AutoConfig.for_model(kind, **sizes | special.get(kind, {}) | overrides)
+    return AutoConfig.for_model(kind, **SIZES | no_tokens | special.get(kind, {}) | overrides)
 
 
 def random_batch(model: EsoForMaskedDiffusion, batch: int, slots: int, seed: int = 0) -> torch.LongTensor:
