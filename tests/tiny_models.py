@@ -9,7 +9,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
-
 SIZES = {
     "vocab_size": 24,
     "hidden_size": 32,
