@@ -10,14 +10,14 @@ one each, and go on where they were killed; those that are complete are not repe
 import argparse
 import json
 import sys
+from itertools import product
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from parallel_runs import run_in_processes
-from speed import hardware
+from fresh_models import add_sizes
+from matplotlib.figure import Figure
+from measuring import hardware
+from parallel_runs import parse_with_run, run_in_processes
+from reporting import argument_parser, table, write_results
 from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
@@ -29,7 +29,7 @@ from transformers import (
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 import adapt_causal_lm
-from text_data import load_text_dataset, python_documents, tokenize, train_tokenizer
+from text_data import hold_out_twentieth, load_documents, make_rows, python_documents, train_tokenizer, write_texts
 
 WAYS = {  # arguments of adapt_causal_lm.py
     "from scratch": ["--anneal", "0"],
@@ -44,11 +44,9 @@ WAYS = {  # arguments of adapt_causal_lm.py
 def prepare(args: argparse.Namespace) -> None:
     """Writes the texts, held-out ones first, and a Llama with fresh weights."""
     set_seed(args.seed)
-    documents = python_documents()[:: args.every]
-    held_out, rest = documents[::20], [document for index, document in enumerate(documents) if index % 20]
+    held_out, rest = hold_out_twentieth(python_documents()[:: args.every])
     args.work.mkdir(parents=True, exist_ok=True)
-    with (args.work / "texts.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": document}) + "\n" for document in held_out + rest)
+    write_texts(args.work / "texts.jsonl", held_out + rest)
     tokenizer = train_tokenizer(rest, args.vocab_size, args.length)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -89,6 +87,7 @@ def training_options(folder: Path, steps: int, args: argparse.Namespace) -> list
 
 
 def count_held_out(args: argparse.Namespace) -> int:
+    """A twentieth of the texts, rounded up: the first ones of the file."""
     with (args.work / "texts.jsonl").open(encoding="utf-8") as file:
         return -(-sum(1 for _ in file) // 20)
 
@@ -101,7 +100,7 @@ def train_causal(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     model = LlamaForCausalLM.from_pretrained(args.work / "fresh")
     tokenizer = AutoTokenizer.from_pretrained(args.work / "fresh")
-    rows = tokenize(load_text_dataset(arguments.dataset).skip(arguments.held_out_documents), tokenizer, args.length)
+    _, rows = make_rows(*load_documents(arguments), tokenizer, arguments)
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     trainer = Trainer(model, training, data_collator=collator, train_dataset=rows, processing_class=tokenizer)
     trainer.train()
@@ -122,17 +121,17 @@ def run(name: str, args: argparse.Namespace) -> None:
 
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
+    """Where the model of a run goes."""
     return args.work / "".join(character if character.isalnum() or character == "." else "_" for character in name)
 
 
 def collect(args: argparse.Namespace) -> list[dict]:
     """The held-out NELBO of every run, by step."""
     rows = []
-    for alpha_0 in args.alphas:
-        for name in WAYS:
-            history = json.loads((folder_of(f"{name}:{alpha_0:g}", args) / "metrics.json").read_text())
-            curve = {row["step"]: row["held_out_nelbo"] for row in history if "held_out_nelbo" in row}
-            rows.append({"alpha_0": alpha_0, "way": name, "nelbo": curve, "final": list(curve.values())[-1]})
+    for alpha_0, way in product(args.alphas, WAYS):
+        history = json.loads((folder_of(f"{way}:{alpha_0:g}", args) / "metrics.json").read_text())
+        curve = {row["step"]: row["held_out_nelbo"] for row in history if "held_out_nelbo" in row}
+        rows.append({"alpha_0": alpha_0, "way": way, "nelbo": curve, "final": list(curve.values())[-1]})
     return rows
 
 
@@ -140,24 +139,25 @@ def report(results: dict) -> str:
     """The results as Markdown."""
     settings, rows = results["settings"], results["rows"]
     alphas = list(dict.fromkeys(row["alpha_0"] for row in rows))
-    final = {(row["way"], row["alpha_0"]): row["final"] for row in rows}
+    final = {(row["way"], row["alpha_0"]): f"{row['final']:.3f}" for row in rows}
     lines = [
         f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['causal_steps']} steps left to "
         f"right, then {settings['steps']} steps of {settings['batch_size']} x {settings['length']} tokens. "
         f"`benchmarks/adaptation.py`",
         "",
-        "| held-out NELBO, nats per token | " + " | ".join(f"alpha_0 = {alpha_0:g}" for alpha_0 in alphas) + " |",
-        "| --- " * (len(alphas) + 1) + "|",
+        *table(
+            "held-out NELBO, nats per token | " + " | ".join(f"alpha_0 = {alpha_0:g}" for alpha_0 in alphas),
+            (f"{way} | " + " | ".join(final[way, alpha_0] for alpha_0 in alphas) for way in WAYS),
+        ),
     ]
-    for name in WAYS:
-        lines.append(f"| {name} | " + " | ".join(f"{final[name, alpha_0]:.3f}" for alpha_0 in alphas) + " |")
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """NELBO against the step, a panel for each alpha_0."""
     alphas = list(dict.fromkeys(row["alpha_0"] for row in rows))
-    figure, panels = plt.subplots(1, len(alphas), figsize=(4.8 * len(alphas), 3.8), squeeze=False)
+    figure = Figure(figsize=(4.8 * len(alphas), 3.8))
+    panels = figure.subplots(1, len(alphas), squeeze=False)
     for alpha_0, panel in zip(alphas, panels[0], strict=True):
         for row in rows:
             if row["alpha_0"] == alpha_0:
@@ -168,7 +168,6 @@ def plot(rows: list[dict], path: Path) -> None:
     panels[0][0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -176,28 +175,24 @@ def main(args: argparse.Namespace) -> None:
         return run(args.run, args)
     if not (args.work / "fresh" / "config.json").exists():
         prepare(args)
-    names = [f"{way}:{alpha_0:g}" for alpha_0 in args.alphas for way in WAYS]
-    for some in (["causal"], names):
+    ways = [f"{way}:{alpha_0:g}" for alpha_0, way in product(args.alphas, WAYS)]
+    for names in (["causal"], ways):
         run_in_processes(
             [__file__, *args.command],
-            some,
+            names,
             lambda name: (folder_of(name, args) / "model.safetensors").exists(),
             args.work / "logs",
             args.processes,
         )
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     parameters = LlamaForCausalLM.from_pretrained(args.work / "fresh").num_parameters()
-    results = {"settings": settings | {"hardware": hardware("cpu"), "parameters": parameters}, "rows": collect(args)}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "adaptation.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "adaptation.md").write_text(report(results))
+    settings = vars(args) | {"hardware": hardware("cpu"), "parameters": parameters}
+    results = {"settings": settings, "rows": collect(args)}
+    write_results(args.output, "adaptation", results, report(results))
     plot(results["rows"], args.output / "adaptation.png")
-    print(report(results))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON, Markdown, PNG go")
+    parser = argument_parser(__doc__, output="where JSON, Markdown, PNG go")
     parser.add_argument("--work", type=Path, default=Path("outputs/adaptation"), help="where the models go")
     parser.add_argument("--alphas", type=float, nargs="+", default=[0.25, 1.0], help="targets")
     parser.add_argument("--causal-steps", type=int, default=1400)
@@ -205,19 +200,13 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--num-layers", type=int, default=4)
-    parser.add_argument("--num-heads", type=int, default=4)
-    parser.add_argument("--vocab-size", type=int, default=2048)
+    add_sizes(parser, hidden_size=192, num_layers=4, num_heads=4, vocab_size=2048)
     parser.add_argument("--held-out-rows", type=int, default=128)
     parser.add_argument("--evaluate-every", type=int, default=50)
     parser.add_argument("--every", type=int, default=1, help="use one document of so many")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--run", help=argparse.SUPPRESS)
-    args = parser.parse_args(arguments)
-    args.command = sys.argv[1:] if arguments is None else arguments
-    return args
+    return parse_with_run(parser, arguments)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ def draw(logits: torch.Tensor) -> torch.LongTensor:
     return draw_tokens(flat, uniform).view(logits.shape[:-1])
 
 
+def text_positions(input_ids: torch.LongTensor, first: int = 0) -> torch.LongTensor:
+    """Positions of slots that stand in text order, (batch, slots), from `first` on."""
+    return torch.arange(first, first + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+
+
 class AutoregressiveSampler:
     """Left to right with a KV cache: the output at slot s predicts token s + 1, one slot a step."""
 
@@ -30,19 +35,16 @@ class AutoregressiveSampler:
 
     def forward(self, input_ids: torch.LongTensor, first: int, cache: PreallocatedCache | None) -> torch.Tensor:
         """Logits of the last slot, (batch, vocab), for slots that begin at position `first`."""
-        positions = torch.arange(first, first + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        output = self.model(input_ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
-        return output.logits[:, -1]
+        positions = text_positions(input_ids, first)
+        return self.model(input_ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, context: int = 0) -> Iterator[torch.LongTensor]:
-        """Yields the tokens after each forward, (batch, length); `context` tokens are taken as cached already."""
-        device = self.model.device
-        cache = filled_cache(self.model, batch, length + 1, context)
-        tokens = torch.full((batch, length + 1), self.start_token_id, device=device)
-        for place in range(context, length):
-            logits = self.forward(tokens[:, place : place + 1], place, cache)
-            tokens[:, place + 1] = draw(logits)
+    def steps(self, batch: int, length: int) -> Iterator[torch.LongTensor]:
+        """Yields the tokens after each forward, (batch, length)."""
+        cache = filled_cache(self.model, batch, length + 1, context=0)
+        tokens = torch.full((batch, length + 1), self.start_token_id, device=self.model.device)
+        for place in range(length):
+            tokens[:, place + 1] = draw(self.forward(tokens[:, place : place + 1], place, cache))
             yield tokens[:, 1:]
 
 
@@ -58,10 +60,8 @@ class MaskedDiffusionSampler:
 
     def forward(self, input_ids: torch.LongTensor, places: torch.LongTensor | int = 0) -> torch.Tensor:
         """Logits of a text (batch, length), at `places` (batch, count) or everywhere."""
-        batch, length = input_ids.shape
-        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
         with bidirectional(self.model):
-            return self.model(input_ids, position_ids=positions, logits_to_keep=places).logits
+            return self.model(input_ids, position_ids=text_positions(input_ids), logits_to_keep=places).logits
 
     @torch.no_grad()
     def steps(self, batch: int, length: int, num_steps: int) -> Iterator[torch.LongTensor]:
@@ -90,29 +90,24 @@ class BlockDiffusionSampler:
         self, input_ids: torch.LongTensor, first: int, cache: PreallocatedCache, places: torch.LongTensor | int = 0
     ) -> torch.Tensor:
         """Logits of a block (batch, block length) that begins at position `first`, with `first` tokens cached."""
-        batch, length = input_ids.shape
+        length = input_ids.shape[1]
         cache.keep(first)
-        # Of the block's own slots; all cached ones are visible.
-        everything = torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device)
-        positions = torch.arange(first, first + length, device=input_ids.device).expand(batch, length)
         return self.model(
             input_ids,
-            position_ids=positions,
-            attention_mask=everything,
+            position_ids=text_positions(input_ids, first),
+            # Of the block's own slots; all cached ones are visible.
+            attention_mask=torch.ones(1, 1, length, length, dtype=torch.bool, device=input_ids.device),
             past_key_values=cache,
             logits_to_keep=places,
         ).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: int, context: int = 0) -> Iterator[torch.LongTensor]:
-        """Yields the tokens after each forward, (batch, length); `num_steps` for each block.
-
-        The first `context` tokens, whole blocks of them, are taken as cached already.
-        """
+    def steps(self, batch: int, length: int, num_steps: int) -> Iterator[torch.LongTensor]:
+        """Yields the tokens after each forward, (batch, length); `num_steps` for each block."""
         device = self.model.device
-        cache = filled_cache(self.model, batch, length, context)
+        cache = filled_cache(self.model, batch, length, context=0)
         tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
-        for first in range(context, length, self.block_length):
+        for first in range(0, length, self.block_length):
             block = tokens[:, first : first + self.block_length]
             order = torch.rand(block.shape, device=device).argsort(dim=-1)
             done = 0

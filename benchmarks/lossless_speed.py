@@ -7,81 +7,52 @@ those of one-token sampling in their order.
 """
 
 import argparse
-import json
-import time
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
-from speed import hardware, synchronize
+from fresh_models import similar_llama
+from matplotlib.figure import Figure
+from measuring import hardware, timed
+from reporting import argument_parser, table, write_results
 from tqdm import tqdm
-from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import AutoModel, set_seed
 
 import eso_lm
 
 
-def similar_llama(model: eso_lm.EsoForMaskedDiffusion, length: int) -> LlamaForCausalLM:
-    """A Llama of the same width and depth, whose gated MLP has as many weights; untrained: its speed is the point."""
-    config = model.config
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size * 2 // 3,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=length,
-        )
-    ).to(model.device, model.dtype)
-
-
-def run(model: torch.nn.Module, length: int, **settings) -> tuple[float, object]:
-    """Milliseconds a token of one text, and the output."""
-    device = str(model.device)
-    synchronize(device)
-    start = time.perf_counter()
-    output = model.generate(
-        max_new_tokens=length, min_new_tokens=length, do_sample=True, eos_token_id=None, **settings
-    )
-    synchronize(device)
-    return 1e3 * (time.perf_counter() - start) / length, output
-
-
 def measure(model: eso_lm.EsoForMaskedDiffusion, length: int, args: argparse.Namespace) -> list[dict]:
     """All orders, values of alpha_0 and draft lengths for texts of one length."""
-    llama = similar_llama(model, length).eval()
+    common = {"max_new_tokens": length, "min_new_tokens": length, "do_sample": True, "eos_token_id": None}
+    generate = partial(model.generate, **common, temperature=args.temperature)
     start = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    llama = similar_llama(model, length)
+    of_llama = partial(llama.generate, start, attention_mask=torch.ones_like(start), top_k=0, **common)
     rows = []
     for order, alpha_0 in product(args.orders, args.alphas):
-        plan = {"alpha_0": alpha_0, "unmasking_order": order}
         # A strided order of one token a step is a uniform one.
-        one_token = {"alpha_0": alpha_0, "unmasking_order": "strided", "num_diffusion_steps": length}
-        times = {name: [] for name in ("Llama", "one token", *args.drafts)}
-        outputs = {draft: [] for draft in args.drafts}
+        one_token = partial(generate, alpha_0=alpha_0, unmasking_order="strided", num_diffusion_steps=length)
+        lossless = partial(
+            generate, alpha_0=alpha_0, unmasking_order=order, lossless=True, return_dict_in_generate=True
+        )
+        systems = {"Llama": of_llama, "one token": one_token}
+        for draft in args.drafts:
+            systems[draft] = partial(lossless, draft_length=draft if draft == "auto" else int(draft))
+        times, outputs = ({name: [] for name in systems} for _ in range(2))
         for repeat in tqdm(range(args.repeats + 1), desc=f"L = {length}, {order}, alpha_0 = {alpha_0:g}"):
             set_seed(repeat)
-            for name in times:
-                if name == "Llama":
-                    attention_mask = torch.ones_like(start)
-                    spent, _ = run(llama, length, input_ids=start, attention_mask=attention_mask, top_k=0)
-                elif name == "one token":
-                    spent, _ = run(model, length, temperature=args.temperature, **one_token)
-                else:
-                    draft = name if name == "auto" else int(name)
-                    settings = {"lossless": True, "draft_length": draft, "temperature": args.temperature}
-                    spent, output = run(model, length, return_dict_in_generate=True, **settings, **plan)
-                    if repeat > 0:
-                        outputs[name].append(output)
+            for name, system in systems.items():
+                spent, output = timed(system, args.device)
                 if repeat > 0:  # the first one warms up
-                    times[name].append(spent)
+                    times[name].append(spent / length)
+                    outputs[name].append(output)
+        one_token_ms, llama_ms = median(times["one token"]), median(times["Llama"])
         for draft in args.drafts:
             offered = sum(output.drafts_offered.item() for output in outputs[draft])
             accepted = sum(output.drafts_accepted.item() for output in outputs[draft])
+            draft_ms = median(times[draft])
             rows.append(
                 {
                     "length": length,
@@ -90,11 +61,11 @@ def measure(model: eso_lm.EsoForMaskedDiffusion, length: int, args: argparse.Nam
                     "draft_length": draft,
                     "tokens_per_forward": length / mean(output.num_function_evaluations for output in outputs[draft]),
                     "accepted": accepted / max(offered, 1),
-                    "ms_per_token": median(times[draft]),
-                    "one_token_ms": median(times["one token"]),
-                    "llama_ms": median(times["Llama"]),
-                    "speedup": median(times["one token"]) / median(times[draft]),
-                    "speedup_over_llama": median(times["Llama"]) / median(times[draft]),
+                    "ms_per_token": draft_ms,
+                    "one_token_ms": one_token_ms,
+                    "llama_ms": llama_ms,
+                    "speedup": one_token_ms / draft_ms,
+                    "speedup_over_llama": llama_ms / draft_ms,
                 }
             )
     return rows
@@ -107,30 +78,29 @@ def report(results: dict) -> str:
         f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['dtype']}, batch 1, "
         f"temperature {settings['temperature']}, {settings['repeats']} texts a row. `benchmarks/lossless_speed.py`",
         "",
-        "| L | order | alpha_0 | drafts of | tokens a forward | drafts accepted | ms a token | against one token a "
-        "forward | against Llama's `generate` |",
-        "| --- " * 9 + "|",
+        *table(
+            "L | order | alpha_0 | drafts of | tokens a forward | drafts accepted | ms a token | against one token a "
+            "forward | against Llama's `generate`",
+            (
+                f"{row['length']} | {row['order']} | {row['alpha_0']:g} | {row['draft_length']} | "
+                f"{row['tokens_per_forward']:.2f} | {row['accepted']:.0%} | {row['ms_per_token']:.2f} | "
+                f"{row['speedup']:.1f}x | {row['speedup_over_llama']:.1f}x"
+                for row in results["rows"]
+            ),
+        ),
     ]
-    for row in results["rows"]:
-        lines.append(
-            f"| {row['length']} | {row['order']} | {row['alpha_0']:g} | {row['draft_length']} | "
-            f"{row['tokens_per_forward']:.2f} | {row['accepted']:.0%} | {row['ms_per_token']:.2f} | "
-            f"{row['speedup']:.1f}x | {row['speedup_over_llama']:.1f}x |"
-        )
     return "\n".join(lines) + "\n"
 
 
 def plot(rows: list[dict], path: Path) -> None:
     """Tokens a forward and speed against the draft length."""
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8))
+    figure = Figure(figsize=(9.5, 3.8))
+    panels = figure.subplots(1, 2)
     labels = {"tokens_per_forward": "tokens a forward", "speedup": "times as fast as one token a forward"}
     for panel, (name, label) in zip(panels, labels.items(), strict=True):
         for key in dict.fromkeys((row["length"], row["order"], row["alpha_0"]) for row in rows):
-            curve = [
-                row
-                for row in rows
-                if (row["length"], row["order"], row["alpha_0"]) == key and row["draft_length"] != "auto"
-            ]
+            alike = [row for row in rows if (row["length"], row["order"], row["alpha_0"]) == key]
+            curve = [row for row in alike if row["draft_length"] != "auto"]
             title = f"L = {key[0]}, {key[1].replace('_', ' ')}, α₀ = {key[2]:g}"
             drafts = [int(row["draft_length"]) for row in curve]
             panel.plot(drafts, [row[name] for row in curve], marker="o", markersize=4, label=title)
@@ -140,28 +110,22 @@ def plot(rows: list[dict], path: Path) -> None:
     panels[0].legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(args: argparse.Namespace) -> None:
     model = AutoModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).to(args.device).eval()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    settings |= {"hardware": hardware(args.device), "parameters": model.num_parameters()}
+    settings = vars(args) | {"hardware": hardware(args.device), "parameters": model.num_parameters()}
     rows = []
     for length in args.lengths or [model.config.max_position_embeddings]:
         rows += measure(model, length, args)
     results = {"settings": settings, "rows": rows}
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{args.name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / f"{args.name}.md").write_text(report(results))
+    write_results(args.output, args.name, results, report(results))
     plot(rows, args.output / f"{args.name}.png")
-    print(report(results))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, output="where JSON, Markdown, PNG go")
     parser.add_argument("--model", default="outputs/quickstart", help="a trained Eso-LM")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON, Markdown, PNG go")
     parser.add_argument("--name", default="lossless", help="name of these files")
     parser.add_argument("--lengths", type=int, nargs="+", help="tokens of a text; by default the model's context")
     parser.add_argument("--orders", nargs="+", default=["strided", "random", "left_to_right"])

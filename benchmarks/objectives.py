@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from baselines import bidirectional
+from baselines import bidirectional, text_positions
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 from eso_lm.noise_schedule import keep_probability, nelbo_weight, sample_times
@@ -30,9 +30,8 @@ class Autoregressive:
 
     def __call__(self, model, input_ids, generator=None):
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.start_token_id)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        logits = model(shifted, position_ids=positions).logits.float()
-        return F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none").mean(dim=1)
+        logits = model(shifted, position_ids=text_positions(shifted)).logits
+        return cross_entropy(logits, input_ids).mean(dim=1)
 
 
 class MaskedDiffusion:
@@ -42,11 +41,9 @@ class MaskedDiffusion:
         batch, length = input_ids.shape
         times = sample_times(batch, generator)[:, None].expand(batch, length)
         noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
-        positions = torch.arange(length, device=input_ids.device).expand(batch, length)
         with bidirectional(model):
-            logits = model(noisy, position_ids=positions).logits.float()
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
-        return (weights * cross_entropy).mean(dim=1)
+            logits = model(noisy, position_ids=text_positions(noisy)).logits
+        return (weights * cross_entropy(logits, input_ids)).mean(dim=1)
 
 
 class BlockDiffusion:
@@ -66,24 +63,20 @@ class BlockDiffusion:
         times = times[torch.randperm(len(times), generator=generator)].view(batch, -1)
         times = times.repeat_interleave(self.block_length, dim=1)
         noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
-        logits = self.logits(model, input_ids, noisy).float()
-        cross_entropy = F.cross_entropy(logits.transpose(1, 2), input_ids, reduction="none")
-        return (weights * cross_entropy).mean(dim=1)
+        return (weights * cross_entropy(self.logits(model, input_ids, noisy), input_ids)).mean(dim=1)
 
     def logits(self, model: EsoForMaskedDiffusion, clean: torch.LongTensor, noisy: torch.LongTensor) -> torch.Tensor:
         """Logits of the noisy text (batch, length, vocab), each block given the clean ones before it."""
-        batch, length = clean.shape
+        length = clean.shape[1]
         block = torch.arange(length, device=clean.device) // self.block_length
         earlier, same = block[None] < block[:, None], block[None] == block[:, None]
         is_visible = torch.cat([torch.cat([earlier | same, torch.zeros_like(same)], 1), torch.cat([earlier, same], 1)])
-        positions = torch.arange(length, device=clean.device).repeat(2).expand(batch, 2 * length)
-        output = model(
+        return model(
             torch.cat([clean, noisy], dim=1),
-            position_ids=positions,
+            position_ids=text_positions(clean).repeat(1, 2),
             attention_mask=is_visible[None, None],
             logits_to_keep=length,
-        )
-        return output.logits
+        ).logits
 
 
 class Esoteric:
@@ -96,6 +89,11 @@ class Esoteric:
         batch = self.collator([{"input_ids": row} for row in input_ids.tolist()])
         loss = model(**{name: value.to(input_ids.device) for name, value in batch.items()}).loss
         return loss.expand(len(input_ids))
+
+
+def cross_entropy(logits: torch.Tensor, input_ids: torch.LongTensor) -> torch.Tensor:
+    """Of every token, (batch, length), under logits (batch, length, vocab)."""
+    return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none")
 
 
 def add_noise(

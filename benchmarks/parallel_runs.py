@@ -1,5 +1,6 @@
 """Runs of a benchmark in processes of their own, side by side, one thread each."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -10,13 +11,20 @@ from pathlib import Path
 from tqdm import tqdm
 
 
+def parse_with_run(parser: argparse.ArgumentParser, arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parses arguments, `--run NAME` among them; all but that one are noted for `run_in_processes`, as `command`."""
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    args.command = sys.argv[1:] if arguments is None else arguments
+    return args
+
+
 def run_in_processes(
     command: Sequence[str],
     names: Sequence[str],
     is_complete: Callable[[str], bool],
     logs: Path,
     processes: int,
-    threads: int = 1,
     description: str = "Runs",
 ) -> None:
     """Starts a script with `--run NAME` added to its arguments, for each name that is not complete.
@@ -30,7 +38,6 @@ def run_in_processes(
         is_complete: Whether the results of a run are there.
         logs: Folder for what the runs print.
         processes: Runs at a time.
-        threads: Threads of each.
         description: Of the progress bar.
 
     Raises:
@@ -42,7 +49,7 @@ def run_in_processes(
         if is_complete(name):
             return
         log = logs / f"{name.replace(':', '_')}.log"
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         line = [sys.executable, *command, "--run", name]
         with log.open("w", encoding="utf-8") as file:
             finished = subprocess.run(line, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment)

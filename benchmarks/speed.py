@@ -9,146 +9,37 @@ hours, steps of the same cost are timed at several contexts and added up; the ta
 """
 
 import argparse
-import json
-import platform
-import resource
-import time
-from collections.abc import Callable
 from functools import partial
 from itertools import product
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import transformers
-from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, draw, filled_cache
+from baselines import (
+    AutoregressiveSampler,
+    BlockDiffusionSampler,
+    MaskedDiffusionSampler,
+    draw,
+    filled_cache,
+    text_positions,
+)
+from fresh_models import add_sizes, fresh_eso_lm, similar_llama
+from matplotlib.figure import Figure
+from measuring import Intervals, hardware, interleaved, peak_memory, repeated, summary
+from reporting import argument_parser, table, write_results
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
+from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 from eso_lm.generation_cache import PreallocatedCache
-
-
-def synchronize(device: str) -> None:
-    """Waits for the accelerator, so that a clock can be read."""
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def interleaved(functions: dict[str, Callable[[], None]], repeats: int, device: str) -> dict[str, dict[str, float]]:
-    """Runs all functions in turn, `repeats` times after a warm-up: milliseconds, median and quartiles of each."""
-    times = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
-        for name, function in functions.items():
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            if repeat > 0:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: summary(values) for name, values in times.items()}
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and quartiles."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3
-    return {"median": median(values), "low": low, "high": high}
-
-
-class Intervals:
-    """Times between the forwards of a model, whatever calls it: all the cost of a decoding step."""
-
-    def __init__(self, model: torch.nn.Module, device: str):
-        self.device, self.moments = device, []
-        self.hook = model.register_forward_pre_hook(lambda *_: self.mark())
-
-    def mark(self) -> None:
-        synchronize(self.device)
-        self.moments.append(time.perf_counter())
-
-    def close(self) -> list[float]:
-        """Milliseconds between forwards, but for the first, which holds the prompt."""
-        self.hook.remove()
-        self.mark()
-        return [1e3 * (b - a) for a, b in zip(self.moments[1:], self.moments[2:], strict=False)]
-
-
-def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
-    """`generate` itself, after prompts of several lengths: milliseconds a token, against Llama's own.
-
-    Of the Eso-LM, and of the Llama as the backbone of one.
-    """
-    rows = []
-    taken_over = EsoForMaskedDiffusion.from_causal_lm(llama, mask_token_id=args.vocab_size - 1)
-    for context in args.contexts:
-        prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
-        systems = {"Llama": (llama, {"do_sample": True, "top_k": 0, "eos_token_id": None}, 1)}
-        for tokens in args.tokens:
-            settings = {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": args.new_tokens // tokens}
-            systems[f"Eso-LM, {tokens} a step"] = (model, settings | {"eos_token_id": None}, tokens)
-            systems[f"Llama as Eso-LM, {tokens} a step"] = (taken_over, settings | {"eos_token_id": None}, tokens)
-            if args.device != "cpu":  # where a step of many small kernels waits for the host
-                settings = settings | {"eos_token_id": None, "cache_implementation": "static"}
-                systems[f"Eso-LM, {tokens} a step, compiled"] = (model, settings, tokens)
-        times = {name: [] for name in systems}
-        for repeat in range(args.repeats + 1):  # the first one warms up, and compiles
-            for name, (system, settings, tokens) in systems.items():
-                clock = Intervals(system, args.device)
-                system.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.new_tokens, **settings
-                )
-                intervals = clock.close()
-                if repeat > 0:
-                    times[name] += [interval / tokens for interval in intervals]
-        yardstick = median(times["Llama"])
-        for name, values in times.items():
-            rows.append({"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick})
-    return rows
-
-
-@torch.no_grad()
-def measure_steps(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
-    """Whole runs of `generate`: seconds for L tokens in each row against NFE, and masked diffusion's for the same."""
-    rows, length = [], args.step_length
-    with model.ready_to_decode():
-        full = interleaved({"": partial(full_step, model, length)}, 2, args.device)[""]["median"]
-    for batch, steps in tqdm([*product(args.batches, args.steps)], desc="NFE"):
-        generate = partial(
-            model.generate,
-            num_return_sequences=batch,
-            max_new_tokens=length,
-            alpha_0=1.0,
-            unmasking_order="strided",  # each of its steps reveals something: NFE is their number
-            num_diffusion_steps=steps,
-            eos_token_id=None,
-        )
-        times = interleaved({"": generate}, 2, args.device)[""]
-        row = {"batch": batch, "length": length, "nfe": steps, "seconds": times["median"] / 1e3}
-        if batch == 1:
-            row["ratio"] = steps * full / times["median"]
-        rows.append(row)
-    return rows
-
-
-def peak_memory(device: str) -> float:
-    """Gigabytes: the most that was allocated since the last call on an accelerator, by this process on a CPU."""
-    if device == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    peak = torch.cuda.max_memory_allocated() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    return peak
 
 
 def eso_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, batch: int = 1) -> None:
     """A decoding step of one token on top of `context` cached ones: the last token and a mask."""
     cache.keep(context)
     ids = torch.full((batch, 2), model.config.mask_token_id, device=model.device)
-    positions = torch.arange(context, context + 2, device=model.device).expand(batch, 2)
-    draw(model(ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits)
+    draw(model(ids, position_ids=text_positions(ids, context), past_key_values=cache, logits_to_keep=1).logits)
 
 
 def autoregressive_step(model: EsoForMaskedDiffusion, cache: PreallocatedCache, context: int, batch: int) -> None:
@@ -172,6 +63,64 @@ def full_step(model: EsoForMaskedDiffusion, length: int) -> None:
     draw(MaskedDiffusionSampler(model).forward(text, torch.zeros(1, 1, dtype=torch.long, device=model.device)))
 
 
+def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
+    """`generate` itself, after prompts of several lengths: milliseconds a token, against Llama's own.
+
+    Of the Eso-LM, and of the Llama as the backbone of one.
+    """
+    rows = []
+    taken_over = EsoForMaskedDiffusion.from_causal_lm(llama, mask_token_id=args.vocab_size - 1)
+    for context in args.contexts:
+        prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
+        systems = {"Llama": (llama, {"do_sample": True, "top_k": 0, "eos_token_id": None}, 1)}
+        for tokens in args.tokens:
+            settings = {"alpha_0": 1.0, "unmasking_order": "strided", "eos_token_id": None}
+            settings["num_diffusion_steps"] = args.new_tokens // tokens
+            systems[f"Eso-LM, {tokens} a step"] = (model, settings, tokens)
+            systems[f"Llama as Eso-LM, {tokens} a step"] = (taken_over, settings, tokens)
+            if args.device != "cpu":  # where a step of many small kernels waits for the host
+                compiled = settings | {"cache_implementation": "static"}
+                systems[f"Eso-LM, {tokens} a step, compiled"] = (model, compiled, tokens)
+        times = {name: [] for name in systems}
+        for repeat in range(args.repeats + 1):  # the first one warms up, and compiles
+            for name, (system, settings, tokens) in systems.items():
+                clock = Intervals(system, args.device)
+                system.generate(
+                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.new_tokens, **settings
+                )
+                intervals = clock.close()
+                if repeat > 0:
+                    times[name] += [interval / tokens for interval in intervals]
+        yardstick = median(times["Llama"])
+        for name, values in times.items():
+            rows.append({"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick})
+    return rows
+
+
+@torch.no_grad()
+def measure_steps(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
+    """Whole runs of `generate`: seconds for L tokens in each row against NFE, and masked diffusion's for the same."""
+    rows, length = [], args.step_length
+    with model.ready_to_decode():
+        full = median(repeated(partial(full_step, model, length), 2, args.device))
+    for batch, steps in tqdm([*product(args.batches, args.steps)], desc="NFE"):
+        generate = partial(
+            model.generate,
+            num_return_sequences=batch,
+            max_new_tokens=length,
+            alpha_0=1.0,
+            unmasking_order="strided",  # each of its steps reveals something: NFE is their number
+            num_diffusion_steps=steps,
+            eos_token_id=None,
+        )
+        spent = median(repeated(generate, 2, args.device))
+        row = {"batch": batch, "length": length, "nfe": steps, "seconds": spent / 1e3}
+        if batch == 1:
+            row["ratio"] = steps * full / spent
+        rows.append(row)
+    return rows
+
+
 @torch.no_grad()
 def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
     """Time to generate L tokens in each row with L forwards, from steps sampled at several contexts."""
@@ -189,18 +138,16 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
                 functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, batch, block)
             with model.ready_to_decode():
                 for name, times in interleaved(functions, args.repeats, args.device).items():
-                    steps.setdefault(name, []).append(times["median"])
+                    steps.setdefault(name, []).append(median(times))
         for block in args.blocks:
             # A token a pass, and one more pass to cache each block.
-            steps[f"block diffusion, {block}"] = [
-                (block + 1) / block * step for step in steps[f"block diffusion, {block}"]
-            ]
+            name = f"block diffusion, {block}"
+            steps[name] = [(block + 1) / block * step for step in steps[name]]
         if batch == 1:  # a pass over the whole text is limited by arithmetic: rows would only multiply it
             with model.ready_to_decode():
                 repeats = args.repeats if length <= 2048 else 1
-                times = interleaved({"": partial(full_step, model, length)}, repeats, args.device)
-                steps["masked diffusion"] = [times[""]["median"]]
-        seconds = {name: sum(values) / len(values) * length / 1e3 for name, values in steps.items()}
+                steps["masked diffusion"] = [median(repeated(partial(full_step, model, length), repeats, args.device))]
+        seconds = {name: fmean(values) * length / 1e3 for name, values in steps.items()}
         for name, total in seconds.items():
             ratio = total / seconds["Eso-LM"]
             rows.append({"system": name, "batch": batch, "length": length, "seconds": total, "ratio": ratio})
@@ -210,25 +157,24 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
 @torch.no_grad()
 def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> dict:
     """A decoding step of one token at a short context, against reading its weights once."""
-    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    constants = {id(module.weight) for module in model.modules() if hasattr(module, "folded")}
-    weights = [weight for weight in weights if id(weight) not in constants]
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    # Those that are folded into constants while decoding are not read.
+    weights = [module.weight for module in linear if not hasattr(module, "folded")]
     cache = filled_cache(model, 1, 130, 128)
 
-    def read():
+    def read_weights():
         for weight in weights:
             weight.sum()
 
     with model.ready_to_decode():
-        times = interleaved(
-            {"step": partial(eso_step, model, cache, 128), "read": read}, 2 * args.repeats, args.device
-        )
-    gigabytes = sum(weight.numel() * weight.element_size() for weight in weights) / 1e9
+        functions = {"step": partial(eso_step, model, cache, 128), "read": read_weights}
+        times = interleaved(functions, 2 * args.repeats, args.device)
+    step, read = summary(times["step"]), summary(times["read"])
     return {
-        "step_ms": times["step"],
-        "read_ms": times["read"],
-        "bandwidth_gb_s": gigabytes / times["read"]["median"] * 1e3,
-        "ratio": times["step"]["median"] / times["read"]["median"],
+        "step_ms": step,
+        "read_ms": read,
+        "bandwidth_gb_s": sum(weight.nbytes for weight in weights) / 1e6 / read["median"],
+        "ratio": step["median"] / read["median"],
     }
 
 
@@ -241,7 +187,7 @@ def measure_training(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> 
     text = text.to(args.device)
     autoregressive = {
         "input_ids": text,
-        "position_ids": torch.arange(args.train_length, device=args.device).expand_as(text),
+        "position_ids": text_positions(text),
         "labels": text,
         "loss_weights": torch.ones(text.shape, device=args.device),
     }
@@ -252,20 +198,19 @@ def measure_training(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> 
 
     model.train()
     try:
-        times = interleaved(
-            {"hybrid": lambda: run(hybrid), "AR": lambda: run(autoregressive)}, args.train_repeats, args.device
-        )
+        functions = {"hybrid": partial(run, hybrid), "AR": partial(run, autoregressive)}
+        times = interleaved(functions, args.train_repeats, args.device)
     finally:
         model.zero_grad(set_to_none=True)
         model.eval()
-    tokens = text.numel()
+    hybrid_ms, ar_ms = summary(times["hybrid"]), summary(times["AR"])
     return {
         "rows": args.train_rows,
         "length": args.train_length,
-        "hybrid_ms": times["hybrid"],
-        "ar_ms": times["AR"],
-        "hybrid_tokens_per_second": 1e3 * tokens / times["hybrid"]["median"],
-        "ratio": times["hybrid"]["median"] / times["AR"]["median"],
+        "hybrid_ms": hybrid_ms,
+        "ar_ms": ar_ms,
+        "hybrid_tokens_per_second": 1e3 * text.numel() / hybrid_ms["median"],
+        "ratio": hybrid_ms["median"] / ar_ms["median"],
     }
 
 
@@ -278,59 +223,43 @@ def measure_cache(model: EsoForMaskedDiffusion, length: int = 1024) -> dict:
     return {"bytes": used, "expected": expected, "ratio": used / expected}
 
 
-def hardware(device: str) -> str:
-    """The name of what was measured."""
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
-
-
 def report(results: dict) -> str:
     """The results as Markdown."""
-    settings = results["settings"]
+    settings, steps = results["settings"], results["steps"]
+    lengths = list(dict.fromkeys(row["length"] for row in results["lengths"]))
+    by_length = []
+    for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in results["lengths"]):
+        cells = [row for row in results["lengths"] if (row["batch"], row["system"]) == (batch, system)]
+        numbers = [f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells]
+        by_length.append(" | ".join([system, str(batch), *numbers]))
+    forwards = list(dict.fromkeys(row["nfe"] for row in steps))
+    by_forwards = []
+    for batch in dict.fromkeys(row["batch"] for row in steps):
+        cells = [row for row in steps if row["batch"] == batch]
+        numbers = [f"{row['seconds']:.2f}" + (f" ({row['ratio']:.1f})" if "ratio" in row else "") for row in cells]
+        by_forwards.append(" | ".join([str(batch), *numbers]))
+    bound, training, memory = results["memory_bound"], results["training"], results["peak_memory_gb"]
     lines = [
         f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['dtype']}; "
         f"torch {settings['torch']}, transformers {settings['transformers']}. `benchmarks/speed.py`",
         "",
-        "| `generate`, time a token | context | ms (quartiles) | against Llama's `generate` |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in results["generate"]:
-        lines.append(
-            f"| {row['system']} | {row['context']} | {row['median']:.1f} ({row['low']:.1f} to {row['high']:.1f}) | "
-            f"{row['ratio']:.2f} |"
-        )
-    lengths = list(dict.fromkeys(row["length"] for row in results["lengths"]))
-    lines += [
+        *table(
+            "`generate`, time a token | context | ms (quartiles) | against Llama's `generate`",
+            (
+                f"{row['system']} | {row['context']} | {row['median']:.1f} ({row['low']:.1f} to {row['high']:.1f}) | "
+                f"{row['ratio']:.2f}"
+                for row in results["generate"]
+            ),
+        ),
         "",
         "Seconds for L tokens in each row at NFE = L, from sampled steps (in brackets: against the Eso-LM):",
         "",
-        "| | batch | " + " | ".join(f"L = {length}" for length in lengths) + " |",
-        "| --- " * (len(lengths) + 2) + "|",
-    ]
-    for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in results["lengths"]):
-        cells = [row for row in results["lengths"] if (row["batch"], row["system"]) == (batch, system)]
-        numbers = " | ".join(f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells)
-        lines.append(f"| {system} | {batch} | {numbers} |")
-    steps = results["steps"]
-    forwards = list(dict.fromkeys(row["nfe"] for row in steps))
-    lines += [
+        *table("| batch | " + " | ".join(f"L = {length}" for length in lengths), by_length),
         "",
         f"Seconds of `generate` for {steps[0]['length']} tokens in each row against NFE (in brackets: masked "
         f"diffusion at the same NFE takes so many times as long):",
         "",
-        "| batch | " + " | ".join(f"NFE {nfe}" for nfe in forwards) + " |",
-        "| --- " * (len(forwards) + 1) + "|",
-    ]
-    for batch in dict.fromkeys(row["batch"] for row in steps):
-        cells = [row for row in steps if row["batch"] == batch]
-        numbers = [f"{row['seconds']:.2f}" + (f" ({row['ratio']:.1f})" if "ratio" in row else "") for row in cells]
-        lines.append(f"| {batch} | " + " | ".join(numbers) + " |")
-    bound, training, memory = results["memory_bound"], results["training"], results["peak_memory_gb"]
-    lines += [
+        *table("batch | " + " | ".join(f"NFE {nfe}" for nfe in forwards), by_forwards),
         "",
         f"- A step of one token takes {bound['step_ms']['median']:.1f} ms, reading the weights of its linear "
         f"layers once {bound['read_ms']['median']:.1f} ms "
@@ -347,7 +276,8 @@ def report(results: dict) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Generation time against length."""
-    figure, axes = plt.subplots(figsize=(5.5, 4))
+    figure = Figure(figsize=(5.5, 4))
+    axes = figure.subplots()
     for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in rows):
         points = [row for row in rows if (row["batch"], row["system"]) == (batch, system)]
         label = system if batch == 1 else f"{system} (batch {batch})"
@@ -358,33 +288,14 @@ def plot(rows: list[dict], path: Path) -> None:
     axes.legend(frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def main(args: argparse.Namespace) -> None:
-    torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    config = EsoConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_heads,
-    )
-    model = EsoForMaskedDiffusion(config).to(args.device, dtype).eval()
-    # Its gated MLP has three matrices: two thirds of the width give it the same size.
-    llama_config = LlamaConfig(
-        vocab_size=args.vocab_size,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3,
-        num_hidden_layers=args.num_layers,
-        num_attention_heads=args.num_heads,
-        max_position_embeddings=16384,
-    )
-    llama = LlamaForCausalLM(llama_config).to(args.device, dtype).eval()
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    model = fresh_eso_lm(args, args.dtype)
+    llama = similar_llama(model, max_length=16384)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     sizes = {"parameters": model.num_parameters(), "llama_parameters": llama.num_parameters()}
-    results = {"settings": settings | versions | sizes | {"hardware": hardware(args.device)}}
+    results = {"settings": vars(args) | versions | sizes | {"hardware": hardware(args.device)}}
     results["memory_bound"] = measure_memory_bound(model, args)
     results["generate"] = measure_generate(model, llama, args)
     results["cache"] = measure_cache(model)
@@ -395,17 +306,13 @@ def main(args: argparse.Namespace) -> None:
     results["steps"] = measure_steps(model, args)
     results["lengths"] = measure_lengths(model, args)
 
-    args.output.mkdir(parents=True, exist_ok=True)
     name = f"speed_{args.device}_{args.dtype}"
-    (args.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / f"{name}.md").write_text(report(results))
+    write_results(args.output, name, results, report(results))
     plot(results["lengths"], args.output / f"{name}.png")
-    print(report(results))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON, Markdown, PNG go")
+    parser = argument_parser(__doc__, output="where JSON, Markdown, PNG go")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="rows, for the lengths")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024], help="prompts of `generate`")
@@ -417,10 +324,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-rows", type=int, default=4)
     parser.add_argument("--train-length", type=int, default=256)
     parser.add_argument("--train-repeats", type=int, default=3)
-    parser.add_argument("--hidden-size", type=int, default=768)
-    parser.add_argument("--num-layers", type=int, default=12)
-    parser.add_argument("--num-heads", type=int, default=12)
-    parser.add_argument("--vocab-size", type=int, default=50258)
+    add_sizes(parser)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")

@@ -7,14 +7,14 @@ pass), and arithmetic by torch's own counter, so both hold for any machine. `exp
 """
 
 import argparse
-import json
 import sys
-import time
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
-from speed import hardware
+from measuring import hardware, timed
+from reporting import argument_parser, table, write_results
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -94,10 +94,12 @@ def measured_cost(model: EsoForMaskedDiffusion, batch: dict, dtype: str) -> tupl
     tensors = [*weights, *(weight.grad for weight in weights), *moments, *averages]
     static_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
-    start = time.perf_counter()
-    step()
-    optimizer.step()
-    return Cost(static_bytes, kept_bytes, counter.get_total_flops()), time.perf_counter() - start
+    def step_and_update() -> None:
+        step()
+        optimizer.step()
+
+    milliseconds, _ = timed(step_and_update, model.device.type)
+    return Cost(static_bytes, kept_bytes, counter.get_total_flops()), milliseconds / 1e3
 
 
 def noisy_batch(config: EsoConfig, rows: int, length: int, alpha_0: float) -> tuple[dict, int, int]:
@@ -155,64 +157,59 @@ def predict(preset: str, length: int, alpha_0: float, args: argparse.Namespace) 
 
 def report(results: dict) -> str:
     """The results as Markdown."""
-    lines = [
-        f"{results['settings']['hardware']}; {results['settings']['rows']} rows a step. `benchmarks/training_cost.py`",
-        "",
-        "| preset | parameters | L | alpha_0 | dtype | static, GB (expected) | kept for backward, GB (expected) | "
-        "TFLOP a step (expected) | tokens a second | TFLOP a second |",
-        "| --- " * 10 + "|",
-    ]
+    measured = []
     for row in results["rows"]:
         pairs = (
             f"{row[f'measured_{name}'] / unit:.2f} ({row[f'expected_{name}'] / unit:.2f})"
             for name, unit in (("static_bytes", 1e9), ("kept_bytes", 1e9), ("flops", 1e12))
         )
         rate = row["measured_flops"] * row["tokens_per_second"] / (row["rows"] * row["length"]) / 1e12
-        lines.append(
-            f"| {row['preset']} | {row['parameters']:,} | {row['length']} | {row['alpha_0']:g} | {row['dtype']} | "
-            f"{' | '.join(pairs)} | {row['tokens_per_second']:.0f} | {rate:.3f} |"
+        measured.append(
+            f"{row['preset']} | {row['parameters']:,} | {row['length']} | {row['alpha_0']:g} | {row['dtype']} | "
+            f"{' | '.join(pairs)} | {row['tokens_per_second']:.0f} | {rate:.3f}"
         )
-    lines += [
+    lines = [
+        f"{results['settings']['hardware']}; {results['settings']['rows']} rows a step. `benchmarks/training_cost.py`",
+        "",
+        *table(
+            "preset | parameters | L | alpha_0 | dtype | static, GB (expected) | kept for backward, GB (expected) | "
+            "TFLOP a step (expected) | tokens a second | TFLOP a second",
+            measured,
+        ),
         "",
         "Expected by the same formulas, with bfloat16 autocast:",
         "",
-        "| preset | parameters | L | alpha_0 | weights and optimiser, GB | each row, GB | GFLOP a token |",
-        "| --- " * 7 + "|",
+        *table(
+            "preset | parameters | L | alpha_0 | weights and optimiser, GB | each row, GB | GFLOP a token",
+            (
+                f"{row['preset']} | {row['parameters']:,} | {row['length']} | {row['alpha_0']:g} | "
+                f"{row['static_gb']:.1f} | {row['gb_per_row']:.2f} | {row['gflop_per_token']:.2f}"
+                for row in results["predictions"]
+            ),
+        ),
     ]
-    for row in results["predictions"]:
-        lines.append(
-            f"| {row['preset']} | {row['parameters']:,} | {row['length']} | {row['alpha_0']:g} | "
-            f"{row['static_gb']:.1f} | {row['gb_per_row']:.2f} | {row['gflop_per_token']:.2f} |"
-        )
     return "\n".join(lines) + "\n"
 
 
 def main(args: argparse.Namespace) -> None:
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    results = {"settings": settings | {"hardware": hardware(args.device)}, "rows": []}
-    combinations = [
-        (preset, length, alpha_0, dtype)
-        for preset in args.presets
-        for length in args.lengths
-        for alpha_0, dtype in ((1.0, "float32"), (0.25, "float32"), (1.0, "bfloat16"))
+    kinds = ((1.0, "float32"), (0.25, "float32"), (1.0, "bfloat16"))
+    rows = [
+        measure(preset, length, alpha_0, dtype, args)
+        for preset, length, (alpha_0, dtype) in tqdm(
+            [*product(args.presets, args.lengths, kinds)], desc="Training steps"
+        )
     ]
-    for combination in tqdm(combinations, desc="Training steps"):
-        results["rows"].append(measure(*combination, args))
-    results["predictions"] = [
+    predictions = [
         predict(preset, length, alpha_0, args)
-        for preset in PRESETS
-        for length in args.predicted_lengths
-        for alpha_0 in (1.0, 0.25)
+        for preset, length, alpha_0 in product(PRESETS, args.predicted_lengths, (1.0, 0.25))
     ]
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "training_cost.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.output / "training_cost.md").write_text(report(results))
-    print(report(results))
+    settings = vars(args) | {"hardware": hardware(args.device)}
+    results = {"settings": settings, "rows": rows, "predictions": predictions}
+    write_results(args.output, "training_cost", results, report(results))
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON and Markdown go")
+    parser = argument_parser(__doc__, output="where JSON and Markdown go")
     parser.add_argument("--presets", nargs="+", default=["tiny", "small"], help="of run_pretraining.py")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--predicted-lengths", type=int, nargs="+", default=[128, 1024])

@@ -10,29 +10,25 @@ python benchmarks/unmasking.py --model outputs/quickstart     # a few minutes on
 """
 
 import argparse
-import json
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
+from reporting import argument_parser, write_results
 from tqdm import tqdm
 from transformers import AutoModel, set_seed
 
 import eso_lm
 
+STEPS = [{"num_diffusion_steps": steps} for steps in (4, 8, 16, 32, 64, 128)]
+BOUNDS = [{"entropy_bound": bound} for bound in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)]
+STRIDED = {"unmasking_order": "strided"}
 FAMILIES = {
-    "fixed, random": [{"num_diffusion_steps": steps} for steps in (4, 8, 16, 32, 64, 128)],
-    "fixed, strided": [
-        {"num_diffusion_steps": steps, "unmasking_order": "strided"} for steps in (4, 8, 16, 32, 64, 128)
-    ],
+    "fixed, random": STEPS,
+    "fixed, strided": [setting | STRIDED for setting in STEPS],
     "confidence": [{"confidence_threshold": threshold} for threshold in (0.03, 0.04, 0.05, 0.07, 0.1, 0.2)],
-    "entropy bound": [{"entropy_bound": bound} for bound in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)],
-    "entropy bound, strided": [
-        {"entropy_bound": bound, "unmasking_order": "strided"} for bound in (2.0, 4.0, 8.0, 16.0, 32.0, 64.0)
-    ],
+    "entropy bound": BOUNDS,
+    "entropy bound, strided": [setting | STRIDED for setting in BOUNDS],
 }
 
 
@@ -56,8 +52,8 @@ def score(model: eso_lm.EsoForMaskedDiffusion, sequences: torch.LongTensor, num_
 def main(args: argparse.Namespace) -> None:
     model = AutoModel.from_pretrained(args.model).eval()
     results = []
-    settings = [(family, setting) for family, settings in FAMILIES.items() for setting in settings]
-    for family, setting in tqdm(settings, desc="Settings"):
+    pairs = [(family, setting) for family, settings in FAMILIES.items() for setting in settings]
+    for family, setting in tqdm(pairs, desc="Settings"):
         set_seed(args.seed)
         forwards, samples = 0, []
         for _ in range(args.num_samples):
@@ -75,41 +71,44 @@ def main(args: argparse.Namespace) -> None:
         scores = score(model, torch.cat(samples), args.num_orders)
         results.append({"family": family, **setting, "nfe": forwards / args.num_samples, **scores})
 
-    args.output.mkdir(parents=True, exist_ok=True)
-    record = {"settings": {name: str(value) for name, value in vars(args).items()}, "results": results}
-    (args.output / "unmasking.json").write_text(json.dumps(record, indent=1) + "\n")
+    settings = {name: str(value) for name, value in vars(args).items()}
+    write_results(args.output, "unmasking", {"settings": settings, "results": results})
+    plot(results, args.length, args.output / "unmasking.png")
+    for row in results:
+        print("  ".join(f"{value:8.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+
+
+def plot(results: list[dict], length: int, path: Path) -> None:
+    """Each number of `score` against the number of forwards, a line for each family."""
     labels = {
         "nll": "own negative log-likelihood (nats per token)",
         "repetition": "repeated 4-grams",
         "entropy": "entropy of the tokens (nats)",
     }
-    figure, panels = plt.subplots(1, len(labels), figsize=(4.4 * len(labels), 3.8))
+    figure = Figure(figsize=(4.4 * len(labels), 3.8))
+    panels = figure.subplots(1, len(labels))
     for panel, (name, label) in zip(panels, labels.items(), strict=True):
         for family in FAMILIES:
             rows = sorted((row for row in results if row["family"] == family), key=lambda row: row["nfe"])
-            panel.plot(
-                [row["nfe"] for row in rows], [row[name] for row in rows], marker="o", markersize=4, label=family
-            )
+            forwards, values = [row["nfe"] for row in rows], [row[name] for row in rows]
+            panel.plot(forwards, values, marker="o", markersize=4, label=family)
         panel.set_xscale("log", base=2)
-        panel.set_xlabel(f"NFE for {args.length} tokens")
+        panel.set_xlabel(f"NFE for {length} tokens")
         panel.set_title(label, fontsize=10)
     panels[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(args.output / "unmasking.png", dpi=130)
-    for row in results:
-        print("  ".join(f"{value:8.3f}" if isinstance(value, float) else str(value) for value in row.values()))
+    figure.savefig(path, dpi=130)
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__doc__, output="where JSON and PNG go")
     parser.add_argument("--model", type=Path, default=Path("outputs/quickstart"), help="a folder of save_pretrained")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help="where JSON and PNG go")
     parser.add_argument("--length", type=int, default=128, help="tokens a sample")
     parser.add_argument("--num-samples", type=int, default=48)
     parser.add_argument("--num-orders", type=int, default=4, help="orders that the likelihood is averaged over")
     parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,10 @@ annealing does in DiffuLLaMA and Dream); 0 trains at the target from the start. 
 TrainingArguments work, and a run that was killed goes on as in run_pretraining.py.
 """
 
-import sys
 from dataclasses import dataclass, field, replace
 
 import torch
-from run_pretraining import split, with_special_tokens
-from text_data import LAYOUTS, load_text_dataset, tokenize
+from text_data import TextArguments, load_documents, make_rows, with_special_tokens
 from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import (
     AutoTokenizer,
@@ -30,22 +28,13 @@ from transformers import (
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion, HeldOutEvaluationCallback
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(TextArguments):
     """What to adapt, how, and on what."""
 
     model: str = field(metadata={"help": "name or folder of the causal language model"})
-    dataset: str = field(metadata={"help": "file, folder, dataset on the Hub, or 'python': text of this machine"})
-    dataset_config: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    streaming: bool = field(default=False, metadata={"help": "read the texts while training"})
-    layout: str = field(default="packed", metadata={"help": f"how documents become rows: one of {LAYOUTS}"})
     length: int = field(default=256, metadata={"help": "tokens of a row"})
-    held_out_documents: int | None = field(
-        default=None, metadata={"help": "first documents, kept for evaluation; unset: 100, or a twentieth; 0: none"}
-    )
-    held_out_rows: int = field(default=128, metadata={"help": "rows of them that are evaluated, at most"})
+    held_out_rows: int = field(default=128, metadata={"help": "rows of the held-out documents that are evaluated"})
     evaluate_every: int = field(default=200, metadata={"help": "optimiser steps between held-out evaluations"})
 
     alpha_0: float = field(default=0.25, metadata={"help": "the target; 1: masked diffusion, 0: left to right"})
@@ -99,27 +88,12 @@ def main(arguments: Arguments, training: AdaptationArguments) -> None:
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = load_model(arguments, tokenizer)
     with training.main_process_first(desc="the rows"):
-        texts = load_text_dataset(
-            arguments.dataset,
-            arguments.dataset_config,
-            arguments.split,
-            arguments.text_column,
-            streaming=arguments.streaming,
-        )
-        held_out, texts = split(texts, arguments.held_out_documents)
-        rows, held_out = (
-            None if part is None else tokenize(part, tokenizer, arguments.length, arguments.layout)
-            for part in (texts, held_out)
-        )
-    if next(iter(rows), None) is None:
-        raise ValueError(f"The texts are too short for rows of `length={arguments.length}` tokens.")
-
+        examples, rows = make_rows(*load_documents(arguments), tokenizer, arguments)
     collator = DataCollatorForHybridMaskedDiffusion(tokenizer, alpha_0=arguments.alpha_0)
     annealed = AnnealedCollator(collator, arguments.anneal)
     trainer = Trainer(model, training, data_collator=annealed, train_dataset=rows, processing_class=tokenizer)
     trainer.add_callback(annealed)
     trainer.add_callback(NoiseByEpoch(collator, training.seed))
-    examples = [] if held_out is None else list(held_out.take(arguments.held_out_rows))
     if examples:
         trainer.add_callback(HeldOutEvaluationCallback(trainer, examples, every=arguments.evaluate_every))
     trainer.add_callback(Report())
@@ -162,7 +136,7 @@ def load_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> torc
 
 def parse_args(arguments: list[str] | None = None) -> tuple[Arguments, AdaptationArguments]:
     parser = HfArgumentParser((Arguments, AdaptationArguments), description=__doc__)
-    return parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 if __name__ == "__main__":

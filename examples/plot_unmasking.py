@@ -6,12 +6,9 @@ python examples/plot_unmasking.py --model outputs/quickstart --output docs/unmas
 import argparse
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from transformers import AutoModel, set_seed
 
@@ -47,7 +44,8 @@ def main() -> None:
     model = AutoModel.from_pretrained(args.model)
     colors = ListedColormap(list(STATES.values()))
     boundaries = BoundaryNorm(range(len(STATES) + 1), colors.N)
-    figure, panels = plt.subplots(1, len(args.alpha_0), figsize=(3.4 * len(args.alpha_0), 4.2), sharey=True)
+    figure = Figure(figsize=(3.4 * len(args.alpha_0), 4.2))
+    panels = figure.subplots(1, len(args.alpha_0), sharey=True, squeeze=False)[0]
     for panel, alpha_0 in zip(panels, args.alpha_0, strict=True):
         output = model.generate(
             max_new_tokens=args.length,

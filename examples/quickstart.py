@@ -6,13 +6,20 @@ python examples/quickstart.py --max-steps 20000 --hidden-size 512 --num-layers 1
 """
 
 import argparse
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from text_data import pack, python_documents, text_file_documents, train_tokenizer
+from text_data import (
+    hold_out_twentieth,
+    pack,
+    python_documents,
+    text_file_documents,
+    train_tokenizer,
+    vocabulary_of,
+    write_texts,
+)
 from transformers import AutoModel, AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoConfig, EsoForMaskedDiffusion
@@ -30,7 +37,7 @@ SETTINGS = [  # (alpha_0, num_diffusion_steps): all tokens in a few steps, the m
 def main(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     documents = text_file_documents(args.text) if args.text else python_documents()
-    held_out_documents, train_documents = documents[::20], [d for i, d in enumerate(documents) if i % 20]
+    held_out_documents, train_documents = hold_out_twentieth(documents)
     tokenizer = train_tokenizer(train_documents, args.vocab_size, args.length)
     train_blocks = pack(train_documents, tokenizer, args.length)
     held_out_blocks = pack(held_out_documents, tokenizer, args.length)
@@ -40,10 +47,7 @@ def main(args: argparse.Namespace) -> None:
         )
 
     config = EsoConfig(
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        **vocabulary_of(tokenizer),
         hidden_size=args.hidden_size,
         num_hidden_layers=args.num_layers,
         num_attention_heads=args.num_heads,
@@ -87,8 +91,7 @@ def main(args: argparse.Namespace) -> None:
 
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    with (args.output / "held_out.jsonl").open("w", encoding="utf-8") as file:  # for run_evaluation.py
-        file.writelines(json.dumps({"text": document}) + "\n" for document in held_out_documents)
+    write_texts(args.output / "held_out.jsonl", held_out_documents)  # for run_evaluation.py
     sample(args.output, args.length, args.num_samples, args.temperature)
 
 
@@ -110,15 +113,8 @@ def sample(path: Path, length: int, num_samples: int, temperature: float) -> Non
         )
         seconds = time.perf_counter() - start
         nfe = output.num_function_evaluations
-        rows.append(
-            (
-                f"{alpha_0:g}",
-                str(steps or length),
-                str(nfe),
-                f"{seconds:.2f}",
-                f"{output.sequences.numel() / seconds:.0f}",
-            )
-        )
+        cells = (f"{seconds:.2f}", f"{output.sequences.numel() / seconds:.0f}")
+        rows.append((f"{alpha_0:g}", steps or length, nfe, *cells))
         texts.append((alpha_0, nfe, tokenizer.decode(output.sequences[0]).replace(tokenizer.eos_token, "\n")))
 
     print(f"\nSampling {num_samples} sequences of {length} tokens, temperature {temperature:g}:\n")

@@ -15,12 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import evaluate
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import torch
 import transformers
+from matplotlib.figure import Figure
 from text_data import load_texts, pack
 from transformers import (
     AutoConfig,
@@ -216,7 +213,8 @@ def mauve_score(texts: list[str], references: list[str], args: Arguments) -> flo
 def plot_bound(results: dict, path: Path) -> None:
     """Draws the bound on the perplexity against the number of orders, with the NELBO's above it."""
     bounds = results["bound_by_num_orders"]
-    figure, axes = plt.subplots(figsize=(5, 3.6))
+    figure = Figure(figsize=(5, 3.6))
+    axes = figure.subplots()
     axes.errorbar(
         list(bounds),
         [bound["nats_per_token"] for bound in bounds.values()],
@@ -232,7 +230,6 @@ def plot_bound(results: dict, path: Path) -> None:
     axes.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    plt.close(figure)
 
 
 def without_nan(value):

@@ -10,14 +10,13 @@ generation order; only completions are masked. All arguments of transformers' Tr
 was killed goes on as in run_pretraining.py.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from run_pretraining import with_special_tokens
+from text_data import with_special_tokens
 from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import (
     AutoModelForMaskedLM,
@@ -221,7 +220,7 @@ def _require_beginning(part: str, whole: str, otherwise: str) -> None:
 
 def parse_args(arguments: list[str] | None = None) -> tuple[Arguments, FinetuningArguments]:
     parser = HfArgumentParser((Arguments, FinetuningArguments), description=__doc__)
-    return parser.parse_args_into_dataclasses(sys.argv[1:] if arguments is None else arguments)
+    return parser.parse_args_into_dataclasses(arguments)
 
 
 if __name__ == "__main__":

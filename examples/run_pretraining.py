@@ -14,8 +14,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
-from text_data import LAYOUTS, load_text_dataset, tokenize, train_tokenizer
+from text_data import (
+    LAYOUTS,
+    AnyDataset,
+    TextArguments,
+    load_documents,
+    make_rows,
+    train_tokenizer,
+    vocabulary_of,
+    with_special_tokens,
+)
 from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
@@ -32,26 +40,11 @@ PRESETS = {  # small: the paper's
     "small": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
-MASK_TOKEN = "<|mask|>"
 
 
-@dataclass
-class Arguments:
+@dataclass(kw_only=True)
+class Arguments(TextArguments):
     """What to train, and on what."""
-
-    dataset: str = field(metadata={"help": "file, folder, dataset on the Hub, or 'python': text of this machine"})
-    dataset_config: str | None = None
-    split: str = "train"
-    text_column: str = "text"
-    streaming: bool = field(default=False, metadata={"help": "read the texts while training"})
-    layout: str = field(
-        default="packed", metadata={"help": f"how documents become rows: one of {LAYOUTS}; see text_data.tokenize"}
-    )
-    length: int = field(default=1024, metadata={"help": "tokens of a row: the context"})
-    held_out_documents: int | None = field(
-        default=None, metadata={"help": "first documents, kept for evaluation; unset: 100, or a twentieth; 0: none"}
-    )
-    held_out_rows: int = field(default=256, metadata={"help": "rows of them that are evaluated, at most"})
 
     tokenizer: str | None = field(default=None, metadata={"help": "name or folder; unset: train one on the texts"})
     vocab_size: int = field(default=2048, metadata={"help": "of a tokenizer that is trained"})
@@ -92,21 +85,14 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
     checkpoint = checkpoint_to_go_on_from(training, arguments)
     set_seed(training.seed)
     with training.main_process_first(desc="the tokenizer and the rows"):
-        texts = load_text_dataset(
-            arguments.dataset,
-            arguments.dataset_config,
-            arguments.split,
-            arguments.text_column,
-            streaming=arguments.streaming,
-        )
-        held_out, texts = split(texts, arguments.held_out_documents)
+        held_out, texts = load_documents(arguments)
         tokenizer = prepare_tokenizer(arguments, texts)
-        rows, held_out_rows = (
-            None if part is None else tokenize(part, tokenizer, arguments.length, arguments.layout)
-            for part in (texts, held_out)
+        examples, rows = make_rows(held_out, texts, tokenizer, arguments)
+    if held_out is not None and arguments.held_out_rows > 0 and not examples:
+        raise ValueError(
+            f"The held-out documents are too short for rows of `length={arguments.length}` tokens: hold out more "
+            f"documents (`held_out_documents`), or none."
         )
-    if next(iter(rows), None) is None:
-        raise ValueError(f"The texts are too short for rows of `length={arguments.length}` tokens.")
 
     model = make_model(arguments, tokenizer)
     collator = DataCollatorForHybridMaskedDiffusion(
@@ -121,13 +107,7 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
     if arguments.ema_decay > 0:
         average = ExponentialMovingAverageCallback(trainer, arguments.ema_decay, resume_from=checkpoint)
         trainer.add_callback(average)
-    if held_out_rows is not None and arguments.held_out_rows > 0:
-        examples = list(held_out_rows.take(arguments.held_out_rows))
-        if not examples:
-            raise ValueError(
-                f"The held-out documents are too short for rows of `length={arguments.length}` tokens: hold out more "
-                f"documents (`held_out_documents`), or none."
-            )
+    if examples:
         trainer.add_callback(
             HeldOutEvaluationCallback(
                 trainer,
@@ -165,47 +145,13 @@ def check(arguments: Arguments, training: TrainingArguments) -> None:
         raise ValueError("`max_steps` must be set for streamed texts, whose number is not known.")
 
 
-def split(texts: Dataset | IterableDataset, count: int | None) -> tuple[Dataset | IterableDataset | None, Dataset]:
-    """The first `count` documents, if any are held out, and the others; None: 100, or a twentieth of a few."""
-    if count is None:
-        count = min(100, len(texts) // 20) if isinstance(texts, Dataset) else 100
-    if count == 0:
-        return None, texts
-    if isinstance(texts, Dataset) and len(texts) <= count:
-        raise ValueError(f"`held_out_documents={count}` must be less than the number of documents, {len(texts)}.")
-    return texts.take(count), texts.skip(count)
-
-
-def prepare_tokenizer(arguments: Arguments, texts: Dataset | IterableDataset) -> PreTrainedTokenizerBase:
-    """Loads or trains the tokenizer, and gives it a mask token, and a padding token, if it has none."""
-    if arguments.init_from is not None and arguments.tokenizer is None:
-        arguments.tokenizer = arguments.init_from
-    if arguments.tokenizer is None:
-        sample = [row["text"] for row in texts.take(20000)]
-        return train_tokenizer(sample, arguments.vocab_size, arguments.length)
-    return with_special_tokens(AutoTokenizer.from_pretrained(arguments.tokenizer))
-
-
-def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Adds a mask token, and a padding token, if there is none; the embeddings of the model have to grow to fit.
-
-    Where texts begin and end with tokens of other names, as with BERT's [CLS] and [SEP], they are named so too.
-
-    Raises:
-        ValueError: when the mask is a token with another meaning.
-    """
-    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
-        tokenizer.eos_token = tokenizer.sep_token
-        tokenizer.bos_token = tokenizer.bos_token or tokenizer.cls_token
-    if tokenizer.mask_token is None:
-        tokenizer.add_special_tokens({"mask_token": MASK_TOKEN})
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    taken = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    for name, token_id in taken.items():
-        if token_id == tokenizer.mask_token_id:
-            raise ValueError(f"The tokenizer's mask must be a token of its own, but {token_id} is its `{name}` too.")
-    return tokenizer
+def prepare_tokenizer(arguments: Arguments, texts: AnyDataset) -> PreTrainedTokenizerBase:
+    """Loads the tokenizer, that of the model to go on from if no other is named, or trains one on the texts."""
+    name = arguments.tokenizer or arguments.init_from
+    if name is not None:
+        return with_special_tokens(AutoTokenizer.from_pretrained(name))
+    sample = [row["text"] for row in texts.take(20000)]
+    return train_tokenizer(sample, arguments.vocab_size, arguments.length)
 
 
 def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoForMaskedDiffusion:
@@ -219,14 +165,7 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoF
                 f"{tokenizer.mask_token_id}: pass the tokenizer that the model was trained with."
             )
         return model
-    common = {
-        "alpha_0": 1.0 if arguments.alpha_0 is None else arguments.alpha_0,
-        "vocab_size": len(tokenizer),
-        "mask_token_id": tokenizer.mask_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    common = vocabulary_of(tokenizer) | {"alpha_0": 1.0 if arguments.alpha_0 is None else arguments.alpha_0}
     if arguments.config is not None:
         config = EsoConfig.from_pretrained(arguments.config, **common)
         config.max_position_embeddings = max(config.max_position_embeddings, arguments.length)

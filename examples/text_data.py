@@ -1,9 +1,11 @@
-"""Text, tokenizer and packed blocks for the examples: nothing here needs a network."""
+"""Texts, tokenizers and rows of tokens for the examples."""
 
 import ast
 import inspect
+import json
 import re
 import sysconfig
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from pydoc_data import topics
@@ -16,6 +18,26 @@ END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 MIN_DOCUMENT_LENGTH = 80  # characters
 LAYOUTS = ("packed", "wrapped", "documents")
 HOLE = re.compile(r"<mask:(\d+)>")
+AnyDataset = Dataset | IterableDataset  # read before training, or while
+
+
+@dataclass(kw_only=True)
+class TextArguments:
+    """Arguments of a recipe: which texts, and how they become rows."""
+
+    dataset: str = field(metadata={"help": "file, folder, dataset on the Hub, or 'python': text of this machine"})
+    dataset_config: str | None = None
+    split: str = "train"
+    text_column: str = "text"
+    streaming: bool = field(default=False, metadata={"help": "read the texts while training"})
+    layout: str = field(
+        default="packed", metadata={"help": f"how documents become rows: one of {LAYOUTS}; see text_data.tokenize"}
+    )
+    length: int = field(default=1024, metadata={"help": "tokens of a row: the context"})
+    held_out_documents: int | None = field(
+        default=None, metadata={"help": "first documents, kept for evaluation; unset: 100, or a twentieth; 0: none"}
+    )
+    held_out_rows: int = field(default=256, metadata={"help": "rows of them that are evaluated, at most"})
 
 
 def python_documents(everything: bool = False) -> list[str]:
@@ -50,7 +72,7 @@ def text_file_documents(folder: str | Path) -> list[str]:
 
 def load_text_dataset(
     name: str, config: str | None = None, split: str = "train", column: str = "text", streaming: bool = False
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Texts in a column `text`: of a file (.txt, .jsonl, .json, .parquet), a folder of .txt files, or the Hub.
 
     Args:
@@ -101,6 +123,56 @@ def load_texts(name: str, config: str | None = None, split: str = "train", colum
     return texts
 
 
+def write_texts(path: Path, texts: list[str]) -> None:
+    """Writes texts as a file of JSON lines that `load_texts` reads."""
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def hold_out_twentieth(documents: list[str]) -> tuple[list[str], list[str]]:
+    """Every twentieth document, and all others."""
+    return documents[::20], [document for index, document in enumerate(documents) if index % 20]
+
+
+def hold_out_first(texts: AnyDataset, count: int | None) -> tuple[AnyDataset | None, AnyDataset]:
+    """The first `count` documents, if any are held out, and the others; None: 100, or a twentieth of a few."""
+    if count is None:
+        count = min(100, len(texts) // 20) if isinstance(texts, Dataset) else 100
+    if count == 0:
+        return None, texts
+    if isinstance(texts, Dataset) and len(texts) <= count:
+        raise ValueError(f"`held_out_documents={count}` must be less than the number of documents, {len(texts)}.")
+    return texts.take(count), texts.skip(count)
+
+
+def load_documents(arguments: TextArguments) -> tuple[AnyDataset | None, AnyDataset]:
+    """The documents that are held out, if any are, and the others."""
+    texts = load_text_dataset(
+        arguments.dataset,
+        arguments.dataset_config,
+        arguments.split,
+        arguments.text_column,
+        streaming=arguments.streaming,
+    )
+    return hold_out_first(texts, arguments.held_out_documents)
+
+
+def make_rows(
+    held_out: AnyDataset | None, texts: AnyDataset, tokenizer: PreTrainedTokenizerBase, arguments: TextArguments
+) -> tuple[list[dict], AnyDataset]:
+    """The rows to evaluate, `held_out_rows` at most, and those to train on.
+
+    Raises:
+        ValueError: when there is none to train on.
+    """
+    rows = tokenize(texts, tokenizer, arguments.length, arguments.layout)
+    if next(iter(rows), None) is None:
+        raise ValueError(f"The texts are too short for rows of `length={arguments.length}` tokens.")
+    if held_out is None or arguments.held_out_rows < 1:
+        return [], rows
+    return list(tokenize(held_out, tokenizer, arguments.length, arguments.layout).take(arguments.held_out_rows)), rows
+
+
 def without_overlap(documents: list[str], held_out: list[str], num_words: int = 13) -> list[str]:
     """The documents without the paragraphs that share `num_words` words in a row with held-out ones.
 
@@ -139,18 +211,46 @@ def train_tokenizer(documents: list[str], vocab_size: int, length: int) -> PreTr
     )
 
 
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Adds a mask token, and a padding token, if there is none; the embeddings of the model have to grow to fit.
+
+    Where texts begin and end with tokens of other names, as with BERT's [CLS] and [SEP], they are named so too.
+
+    Raises:
+        ValueError: when the mask is a token with another meaning.
+    """
+    if tokenizer.eos_token is None and tokenizer.sep_token is not None:
+        tokenizer.eos_token = tokenizer.sep_token
+        tokenizer.bos_token = tokenizer.bos_token or tokenizer.cls_token
+    if tokenizer.mask_token is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    taken = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    for name, token_id in taken.items():
+        if token_id == tokenizer.mask_token_id:
+            raise ValueError(f"The tokenizer's mask must be a token of its own, but {token_id} is its `{name}` too.")
+    return tokenizer
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The size of the vocabulary and the ids of special tokens, by the names that they have in an EsoConfig."""
+    names = ("mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id")
+    return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
+
+
 def pack(documents: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """Tokenizes `documents`, joins them with the end-of-text token and cuts them into blocks of `length` tokens."""
     return tokenize(Dataset.from_dict({"text": documents}), tokenizer, length, batch_size=None)
 
 
 def tokenize(
-    data: Dataset | IterableDataset,
+    data: AnyDataset,
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     layout: str = "packed",
     batch_size: int | None = 1000,
-) -> Dataset | IterableDataset:
+) -> AnyDataset:
     """Turns texts into rows of at most `length` tokens.
 
     Args:

@@ -295,12 +295,10 @@ class Report(TrainerCallback):
 
 def plot_losses(history: list[dict], path: Path) -> None:
     """Training loss and held-out NELBO against the optimiser step."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panel = plt.subplots(figsize=(5.5, 3.6))
+    figure = Figure(figsize=(5.5, 3.6))
+    panel = figure.subplots()
     for name, label in (("loss", "training loss"), ("held_out_nelbo", "held-out NELBO"), ("eval_loss", "eval loss")):
         points = [(row["step"], row[name]) for row in history if name in row]
         if points:
@@ -311,4 +309,3 @@ def plot_losses(history: list[dict], path: Path) -> None:
         panel.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,4 +1,7 @@
+import json
 import os
+from pathlib import Path
+from pydoc_data.topics import topics
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # One thread, here and in the processes that tests start: for models this small more of them only wait for each other.
@@ -36,3 +39,23 @@ def tolerance(dtype) -> float:
 @pytest.fixture
 def model(attention, dtype):
     return randomized_model(attention=attention, dtype=dtype)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory) -> Path:
+    """Real text, two hundred paragraphs of Python's language reference, as JSONL."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    paragraphs = [text for name in sorted(topics) for text in topics[name].split("\n\n") if len(text) > 100]
+    path.write_text("".join(json.dumps({"body": text}) + "\n" for text in paragraphs[:200]), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config")
+    (path / "config.json").write_text(
+        json.dumps(
+            {"model_type": "eso", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "cond_dim": 16}
+        )
+    )
+    return path

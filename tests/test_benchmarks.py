@@ -2,10 +2,14 @@
 
 import json
 
+import context_growth
+import independent_rows
 import lossless_speed
+import measuring
 import pytest
 import speed
 import training_cost
+import unmasking
 from tiny_models import random_batch, randomized_model
 
 
@@ -61,7 +65,7 @@ def test_training_costs_what_the_formulas_say(tmp_path):
 def test_intervals_leave_out_the_prompt():
     """A generation of five forwards: the first holds the prompt, the four after it are timed."""
     model = randomized_model()
-    clock = speed.Intervals(model, "cpu")
+    clock = measuring.Intervals(model, "cpu")
     model.generate(random_batch(model, 1, 4), max_new_tokens=5, alpha_0=0.0)
     intervals = clock.close()
     assert len(intervals) == 4
@@ -70,10 +74,10 @@ def test_intervals_leave_out_the_prompt():
 
 
 def test_summaries_are_medians_and_quartiles():
-    assert speed.summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
-    summary = speed.summary([float(value) for value in range(1, 8)])
+    assert measuring.summary([3.0]) == {"median": 3.0, "low": 3.0, "high": 3.0}
+    summary = measuring.summary([float(value) for value in range(1, 8)])
     assert summary == {"median": 4.0, "low": pytest.approx(2.5), "high": pytest.approx(5.5)}
-    assert speed.summary([1.0, 9.0]) == {"median": 5.0, "low": 3.0, "high": 7.0}, "within what was seen"
+    assert measuring.summary([1.0, 9.0]) == {"median": 5.0, "low": 3.0, "high": 7.0}, "within what was seen"
 
 
 def test_lossless_at_toy_size(tmp_path):
@@ -92,3 +96,26 @@ def test_lossless_at_toy_size(tmp_path):
         assert row["speedup"] == pytest.approx(row["one_token_ms"] / row["ms_per_token"])
     assert (tmp_path / "lossless.md").read_text().count("\n") == 12
     assert (tmp_path / "lossless.png").stat().st_size > 5000
+
+
+def test_steps_and_rows_at_toy_size(tmp_path):
+    sizes = f"--output {tmp_path} --hidden-size 32 --num-layers 1 --num-heads 2 --vocab-size 64 --repeats 3"
+    context_growth.main(context_growth.parse_args(f"{sizes} --contexts 8 16 --tokens 2".split()))
+    results = json.loads((tmp_path / "context_growth.json").read_text())["results"]
+    assert [row["context"] for row in results] == [8, 16]
+    assert results[0]["growth_ms"] == results[0]["attention_growth_ms"] == 0
+    independent_rows.main(independent_rows.parse_args(f"{sizes} --batches 2 --length 8 --steps 2".split()))
+    results = json.loads((tmp_path / "independent_rows.json").read_text())["results"]
+    assert [(row["batch"], row["steps"]) for row in results] == [(2, 2), (2, "max")]
+    for row in results:
+        assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+
+
+def test_unmasking_at_toy_size(tmp_path):
+    randomized_model().save_pretrained(tmp_path / "model")
+    arguments = f"--model {tmp_path / 'model'} --output {tmp_path} --length 8 --num-samples 2 --num-orders 1"
+    unmasking.main(unmasking.parse_args(arguments.split()))
+    results = json.loads((tmp_path / "unmasking.json").read_text())["results"]
+    assert {row["family"] for row in results} == unmasking.FAMILIES.keys()
+    assert all(1 <= row["nfe"] <= 8 and 0 <= row["repetition"] < 1 for row in results)
+    assert (tmp_path / "unmasking.png").stat().st_size > 5000

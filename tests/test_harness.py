@@ -8,8 +8,7 @@ import pytest
 import torch
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
-from text_data import train_tokenizer
-from tiny_models import randomized_model
+from tiny_models import save_with_tokenizer
 
 from eso_lm.harness import EsoHarnessLM
 
@@ -56,10 +55,7 @@ DOCUMENTS = [
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "pad_token_id", "eos_token_id")}
-    randomized_model(vocab_size=len(tokenizer), alpha_0=0.5, scale=0.2, **ids).save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_with_tokenizer(path, scale=0.2)
     return path
 
 

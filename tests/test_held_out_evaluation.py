@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from text_data import train_tokenizer
-from tiny_models import random_batch, randomized_model
+from tiny_models import random_batch, randomized_model, tiny_tokenizer
 from transformers import Trainer, TrainingArguments
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, HeldOutEvaluationCallback
@@ -16,7 +15,7 @@ MASK = 23
 def train(tmp_path, every=None, callback=True, **arguments):
     torch.manual_seed(0)
     model = randomized_model(vocab_size=300, mask_token_id=MASK, hidden_dropout=0.1)
-    tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+    tokenizer = tiny_tokenizer()
     rows = [{"input_ids": row.tolist()} for row in random_batch(model, 16, 6) % MASK]
     held_out = [{"input_ids": [1, 2, 3]}, {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, 6, 7]}]
     settings = {"max_steps": 4, "report_to": "none", "save_strategy": "no", "use_cpu": True, "logging_steps": 1}

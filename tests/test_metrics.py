@@ -6,7 +6,7 @@ from pathlib import Path
 import evaluate
 import pytest
 import torch
-from text_data import train_tokenizer
+from tiny_models import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 METRICS = Path(__file__).parents[1] / "metrics"
@@ -35,7 +35,7 @@ def test_unigram_entropy():
 
 def test_generative_perplexity(tmp_path):
     """Against the judge's own loss, text by text."""
-    tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+    tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from ngram import KneserNey
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, add_noise
 from parallel_runs import run_in_processes
+from reproduction_report import is_on_frontier
 from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
@@ -134,7 +135,7 @@ def test_nothing_that_is_trained_on_is_held_out(held_out, documents):
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8, unique=True))
 def test_the_frontier_is_what_nothing_beats(pairs):
     points = [{"nfe": cost, "judge_nats": loss} for cost, loss in pairs]
-    on_frontier = {(p["nfe"], p["judge_nats"]) for p in points if reproduce.is_on_frontier(p, points, "nfe")}
+    on_frontier = {(p["nfe"], p["judge_nats"]) for p in points if is_on_frontier(p, points, "nfe")}
     cheapest = min(cost for cost, _ in pairs)
     assert min(loss for _, loss in pairs) in {loss for _, loss in on_frontier}
     assert min(loss for cost, loss in pairs if cost == cheapest) in {loss for _, loss in on_frontier}

@@ -8,8 +8,8 @@ import run_evaluation
 import torch
 from datasets import Dataset
 from run_evaluation import Arguments, main, per_token
-from text_data import load_texts, train_tokenizer
-from tiny_models import randomized_model
+from text_data import load_texts
+from tiny_models import save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TEXTS = [f"The quick brown fox number {index} jumps over the lazy dog." for index in range(30)]
@@ -18,13 +18,10 @@ TEXTS = [f"The quick brown fox number {index} jumps over the lazy dog." for inde
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("models")
-    tokenizer = train_tokenizer(TEXTS, 300, 64)
-    ids = {name: getattr(tokenizer, name) for name in ("mask_token_id", "pad_token_id", "eos_token_id")}
-    randomized_model(vocab_size=len(tokenizer), scale=0.2, **ids).save_pretrained(path / "eso")
+    tokenizer = save_with_tokenizer(path / "eso", TEXTS, scale=0.2)
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(path / "judge")
-    for name in ("eso", "judge"):
-        tokenizer.save_pretrained(path / name)
+    tokenizer.save_pretrained(path / "judge")
     return path
 
 

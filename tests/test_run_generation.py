@@ -1,30 +1,22 @@
 """examples/run_generation.py: prompts from everywhere, records that do not depend on how the work is shared out."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import run_generation
 import torch
 from run_generation import Arguments, LiveView, main, read_prompts
 from text_data import fill_in_masks, train_tokenizer
-from tiny_models import randomized_model
+from tiny_models import save_with_tokenizer
 from transformers import HfArgumentParser
-
-EXAMPLES = Path(run_generation.__file__).parent
+from two_processes import EXAMPLES, run_on_two_processes
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """A saved model with a tokenizer."""
     path = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
-    special = {"mask_token_id": tokenizer.mask_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = randomized_model(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **special)
-    model.save_pretrained(path)
-    tokenizer.save_pretrained(path)
+    save_with_tokenizer(path)
     return path
 
 
@@ -37,11 +29,9 @@ def test_samples_are_the_same_in_one_process_and_in_two(folder, tmp_path):
     (tmp_path / "prompts.txt").write_text("The quick\n\nover <mask:3> dog\nThe\n")
     arguments = {"model": str(folder), "prompts": tmp_path / "prompts.txt", "max_new_tokens": 6, "num_samples": 2}
     main(Arguments(output=tmp_path / "one.jsonl", batch_size=3, **arguments))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(EXAMPLES / "run_generation.py"), "--output", str(tmp_path / "two.jsonl"), "--batch_size", "2"]
-    command += [part for name, value in arguments.items() for part in (f"--{name}", str(value))]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert finished.returncode == 0, finished.stderr
+    command = [f"--{name}={value}" for name, value in arguments.items()]
+    command += ["--output", tmp_path / "two.jsonl", "--batch_size", "2"]
+    finished = run_on_two_processes(EXAMPLES / "run_generation.py", *command)
     assert "Batches: 100%|██████████| 2/2" in finished.stderr, "8 samples in rounds of two batches of 2"
     one, two = records(tmp_path / "one.jsonl"), records(tmp_path / "two.jsonl")
     assert [record["sample"] for record in two] == list(range(8))

@@ -1,11 +1,8 @@
 """Two processes of this machine: tensor parallelism, fully sharded training, and generation in step."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 from tiny_models import randomized_model
+from two_processes import run_on_two_processes
 
 pytestmark = pytest.mark.slow
 
@@ -114,24 +111,19 @@ print("agreed")
 """
 
 
-def run_in_two_processes(script: str, tmp_path) -> None:
+def agree_on_two_processes(script: str, tmp_path) -> None:
     randomized_model().save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(script)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(tmp_path / "script.py"), str(tmp_path / "model")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=120)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stdout.count("agreed") == 2
+    assert run_on_two_processes(tmp_path / "script.py", tmp_path / "model").stdout.count("agreed") == 2
 
 
 def test_a_sharded_model_agrees_with_a_whole_one(tmp_path):
-    run_in_two_processes(TENSOR_PARALLEL, tmp_path)
+    agree_on_two_processes(TENSOR_PARALLEL, tmp_path)
 
 
 def test_a_fully_sharded_model_learns_like_a_whole_one(tmp_path):
-    run_in_two_processes(FULLY_SHARDED, tmp_path)
+    agree_on_two_processes(FULLY_SHARDED, tmp_path)
 
 
 def test_processes_that_end_early_keep_step(tmp_path):
-    run_in_two_processes(IN_STEP, tmp_path)
+    agree_on_two_processes(IN_STEP, tmp_path)

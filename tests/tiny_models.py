@@ -1,24 +1,25 @@
 """Models small enough to enumerate, with weights that make every path count."""
 
 import itertools
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from text_data import train_tokenizer, vocabulary_of
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
+SIZES = {
+    "vocab_size": 24,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+}
+
 
 def tiny_config(**overrides) -> EsoConfig:
-    sizes = {
-        "vocab_size": 24,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "cond_dim": 16,
-        "max_position_embeddings": 32,
-        "alpha_0": 0.5,
-    }
-    return EsoConfig(**sizes | overrides)
+    return EsoConfig(**SIZES | {"cond_dim": 16, "alpha_0": 0.5} | overrides)
 
 
 def randomized_model(
@@ -37,18 +38,22 @@ def randomized_model(
     return model.to(dtype).eval()
 
 
+def tiny_tokenizer(texts: list[str] | None = None) -> PreTrainedTokenizerFast:
+    """A tokenizer of at most 300 tokens, trained on `texts`, or on a pangram."""
+    return train_tokenizer(texts or ["The quick brown fox jumps over the lazy dog. " * 5], 300, 64)
+
+
+def save_with_tokenizer(folder: Path, texts: list[str] | None = None, **settings) -> PreTrainedTokenizerFast:
+    """Saves a `randomized_model` with a `tiny_tokenizer`, and returns the latter."""
+    tokenizer = tiny_tokenizer(texts)
+    randomized_model(**vocabulary_of(tokenizer), **settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
     """A tiny causal decoder of transformers, by its model type."""
-    sizes = {
-        "vocab_size": 24,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 32,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-    }
+    no_tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     gated = {"num_key_value_heads": 2, "intermediate_size": 48}
     latent = {
         "num_key_value_heads": 4,
@@ -79,7 +84,7 @@ def backbone_config(kind: str, **overrides) -> PreTrainedConfig:
         "gpt_neox": {"intermediate_size": 48},
         "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
     }
-    return AutoConfig.for_model(kind, **sizes | special.get(kind, {}) | overrides)
+    return AutoConfig.for_model(kind, **SIZES | no_tokens | special.get(kind, {}) | overrides)
 
 
 def random_batch(model: EsoForMaskedDiffusion, batch: int, slots: int, seed: int = 0) -> torch.LongTensor:

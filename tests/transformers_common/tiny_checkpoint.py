@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from text_data import vocabulary_of
 from tiny_models import randomized_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -11,14 +12,7 @@ from transformers import PreTrainedTokenizerFast
 def write_tiny_checkpoint(folder: Path) -> None:
     """Writes a model with its tokenizer to `folder`/eso/EsoForMaskedDiffusion, and the summary that lists it."""
     tokenizer = make_tokenizer()
-    model = randomized_model(
-        scale=0.1,
-        vocab_size=len(tokenizer),
-        mask_token_id=tokenizer.mask_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    model = randomized_model(scale=0.1, **vocabulary_of(tokenizer))
     checkpoint = folder / "eso" / type(model).__name__
     model.save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
