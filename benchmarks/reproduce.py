@@ -40,8 +40,8 @@ sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from quickstart import has_fast_bfloat16
 from reproduction_report import plot_likelihood, plot_quality, plot_steps, report
 from reproduction_systems import SCALES, Scale, alpha_of, new_model, objective_of, samplers, systems
+from resumable_runs import last_whole_checkpoint, train_or_go_on
 from text_data import hold_out_twentieth, pack, python_documents, train_tokenizer, without_overlap
-from trainer_callbacks import last_whole_checkpoint, train_or_go_on
 
 METRICS = Path(__file__).parents[1] / "metrics"
 RATES = (1e-3, 2e-3, 4e-3)  # learning rates that are tried

@@ -13,8 +13,8 @@ TrainingArguments work, and a run that was killed goes on as in run_pretraining.
 from dataclasses import dataclass, field, replace
 
 import torch
+from resumable_runs import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from text_data import TextArguments, load_documents, make_rows, with_special_tokens
-from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import (
     AutoTokenizer,
     HfArgumentParser,

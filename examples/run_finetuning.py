@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
+from resumable_runs import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from text_data import with_special_tokens
-from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from resumable_runs import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from text_data import (
     LAYOUTS,
     AnyDataset,
@@ -24,7 +25,6 @@ from text_data import (
     vocabulary_of,
     with_special_tokens,
 )
-from trainer_callbacks import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
 from transformers import AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 
 from eso_lm import (

@@ -14,9 +14,9 @@ import pytest
 import run_pretraining
 import torch
 from recipe_runs import losses, pretrain, pretraining_arguments
+from resumable_runs import WholeCheckpoints, changed_settings, checkpoints_in, last_whole_checkpoint
 from safetensors.torch import load_file
 from text_data import load_text_dataset, tokenize
-from trainer_callbacks import WholeCheckpoints, changed_settings, checkpoints_in, last_whole_checkpoint
 from transformers import AutoModel, AutoTokenizer, TrainerState, TrainingArguments
 from two_processes import EXAMPLES, run_on_two_processes
 
@@ -351,7 +351,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from trainer_callbacks import WholeCheckpoints, checkpoint_to_go_on_from
+from resumable_runs import WholeCheckpoints, checkpoint_to_go_on_from
 from transformers import TrainerState, TrainingArguments
 
 @dataclass
