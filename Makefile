@@ -20,9 +20,10 @@ test: lint
 test-all: test
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed $(VENV)/source/eso_lm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 test-common: $(VENV)/installed
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TRANSFORMERS_TESTS=$(abspath $(TRANSFORMERS_TESTS)) \
@@ -39,6 +40,11 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# For tools that know a package by its folder: whatever the repository root is called, here it is `eso_lm`.
+$(VENV)/source/eso_lm: | $(VENV)/installed
+	mkdir -p $(@D)
+	ln -sfn ../.. $@
 
 clean:
 	rm -rf $(VENV) outputs build *.egg-info
