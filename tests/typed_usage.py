@@ -1,7 +1,8 @@
 """Every public name of `eso_lm` as users write it, for mypy alone: `make lint` checks this file, strictly.
 
 `assert_type` fails where a type has been lost, to Any too, and an ignored error where there is none. What transformers
-5.23 leaves untyped is so here: `model(...)`, `model.eval()`, tokenizers and whatever comes from an Auto class.
+5.23 leaves untyped is so here: `model(...)`, `model.eval()`, tokenizers and whatever comes from an Auto class. Nor do
+checkers know of keywords that its configurations take beside their fields, such as `attn_implementation`.
 """
 
 from dataclasses import replace
