@@ -20,9 +20,10 @@ test: lint
 test-all: test docs
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
 
-lint: $(VENV)/installed
+lint: $(VENV)/installed $(VENV)/source/eso_lm
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # A broken link or an unknown name of the reference is an error. The copies keep the paths of the repository.
 docs: $(VENV)/installed
@@ -48,6 +49,11 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
+
+# For tools that know a package by its folder: whatever the repository root is called, here it is `eso_lm`.
+$(VENV)/source/eso_lm: | $(VENV)/installed
+	mkdir -p $(@D)
+	ln -sfn ../.. $@
 
 clean:
 	rm -rf $(VENV) outputs build site .cache *.egg-info

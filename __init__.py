@@ -42,10 +42,12 @@ __all__ = [
 CALLBACKS = ("ExponentialMovingAverageCallback", "HeldOutEvaluationCallback")
 
 
-def __getattr__(name: str):
-    if name not in CALLBACKS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(".training_callbacks", __name__), name)
+if not TYPE_CHECKING:  # to a type checker every name would be there
+
+    def __getattr__(name: str):
+        if name not in CALLBACKS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(".training_callbacks", __name__), name)
 
 
 def __dir__() -> list[str]:

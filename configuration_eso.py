@@ -1,5 +1,7 @@
 """Configuration of an Esoteric Language Model (Eso-LM)."""
 
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
@@ -7,6 +9,9 @@ from .validation import is_integer, is_number, to_python
 
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 """Rotary angles that change with the length of the text: keys in a cache would not be those of a longer text."""
+
+DERIVED: Any = None
+"""The default of fields that are worked out from others: None until the object is made, and never after."""
 
 
 class EsoConfig(PreTrainedConfig):
@@ -57,16 +62,16 @@ class EsoConfig(PreTrainedConfig):
     }
 
     vocab_size: int = 50258
-    mask_token_id: int | None = None
+    mask_token_id: int = DERIVED
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    intermediate_size: int | None = None
+    intermediate_size: int = DERIVED
     cond_dim: int = 128
     max_position_embeddings: int = 1024
     hidden_dropout: float = 0.1
     layer_norm_eps: float = 1e-5
-    rope_parameters: RopeParameters | dict | None = None
+    rope_parameters: RopeParameters | dict = DERIVED
     alpha_0: float = 1.0
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -75,7 +80,7 @@ class EsoConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     backbone_config: dict | PreTrainedConfig | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         for name, value in vars(self).items():
             setattr(self, name, to_python(value))
         if self.backbone_config is not None:
@@ -87,12 +92,12 @@ class EsoConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
-    def validate(self):
+    def validate(self) -> None:
         """Checks every field again, as `save_pretrained` does before it writes."""
         self.validate_architecture()
-        super().validate()
+        super().validate()  # type: ignore[misc]  # a decorator of transformers' class has added it
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Raises a ValueError for the first field that is out of its range."""
         for name in (
             "vocab_size",
@@ -140,7 +145,7 @@ class EsoConfig(PreTrainedConfig):
                         f"so it needs an id of its own."
                     )
 
-    def _take_sizes_from_backbone(self):
+    def _take_sizes_from_backbone(self) -> None:
         if isinstance(self.backbone_config, dict):
             fields = dict(self.backbone_config)
             if "model_type" not in fields:
@@ -163,7 +168,7 @@ class EsoConfig(PreTrainedConfig):
             if hasattr(self.backbone_config, name):
                 setattr(self, name, getattr(self.backbone_config, name))
 
-    def _validate_attention_heads(self):
+    def _validate_attention_heads(self) -> None:
         if self.hidden_size % (2 * self.num_attention_heads) != 0:
             raise ValueError(
                 f"`hidden_size` must be a multiple of 2 x `num_attention_heads`, so that every head has an even "
@@ -171,7 +176,7 @@ class EsoConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}."
             )
 
-    def _validate_rope_parameters(self):
+    def _validate_rope_parameters(self) -> None:
         rope_types = {"default", *ROPE_INIT_FUNCTIONS} - set(LENGTH_DEPENDENT_ROPE_TYPES)
         given = self.rope_parameters if isinstance(self.rope_parameters, dict) else {}
         rope_type, rope_theta = given.get("rope_type"), given.get("rope_theta")
@@ -191,7 +196,7 @@ class EsoConfig(PreTrainedConfig):
                 f"`head_dim` is always hidden_size / num_attention_heads, got {head_dim!r}: leave it unset."
             )
 
-    def _is_token_id(self, value) -> bool:
+    def _is_token_id(self, value: object) -> bool:
         return is_integer(value) and 0 <= value < self.vocab_size
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import permutations
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from .generation_cache import PreallocatedCache
 from .generation_decoding import Decoder, Feed
 from .generation_order import order_of_slots, order_probability, sample_scoring_orders, text_positions
 from .generation_sampling import on_cpu
+from .modeling_interface import EsoLM
 from .modeling_objective import states_at
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
 from .validation import is_integer, is_number, require_mask, require_token_ids
@@ -62,7 +64,7 @@ class EsoNelboOutput(ModelOutput):
     nelbo_per_draw: torch.Tensor | None = None
 
 
-class EsoLikelihoodMixin:
+class EsoLikelihoodMixin(EsoLM):
     """Scores text: `log_likelihood`, exact given an order of generation, and `nelbo`, the training objective."""
 
     @torch.no_grad()
@@ -71,7 +73,7 @@ class EsoLikelihoodMixin:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         context_mask: torch.Tensor | None = None,
-        num_orders: int | str = 1,
+        num_orders: int | Literal["all"] = 1,
         orders: torch.Tensor | None = None,
         alpha_0: float | None = None,
         generator: torch.Generator | None = None,
@@ -314,8 +316,8 @@ class EsoLikelihoodMixin:
                 batch = slice(start, start + batch_size)
                 if is_wanted[batch].any():
                     arguments = (input_ids, targets, position_ids, is_wanted, sequential_rows)
-                    rows, slots, log_probs, hits = score(*(tensor[batch] for tensor in arguments))
-                    values[rows + start, slots], is_greedy[rows + start, slots] = log_probs, hits
+                    rows, wanted, log_probs, hits = score(*(tensor[batch] for tensor in arguments))
+                    values[rows + start, wanted], is_greedy[rows + start, wanted] = log_probs, hits
         finally:
             for module in training:
                 module.training = True
@@ -398,7 +400,8 @@ class EsoLikelihoodMixin:
             labels = targets[rows, slots + start].to(logits.device)
             log_probs = -F.cross_entropy(logits, labels, reduction="none").cpu()
             scored.append((rows, slots + start, log_probs, (logits.argmax(dim=-1) == labels).cpu()))
-        return tuple(torch.cat(parts) for parts in zip(*scored, strict=True))
+        rows, slots, log_probs, hits = (torch.cat(parts) for parts in zip(*scored, strict=True))
+        return rows, slots, log_probs, hits
 
 
 def _check_orders(orders: torch.Tensor, batch: int, length: int) -> torch.Tensor:

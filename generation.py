@@ -1,9 +1,12 @@
 """Generation with an Eso-LM: `model.generate` as a decoding strategy of transformers' own `GenerationMixin`."""
 
+from typing import Any, cast
+
 import torch
-from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 
+from .generation_cache import PreallocatedCache
 from .generation_canvas import Canvas, note_text, take_over_cache
 from .generation_configuration import (
     DEFAULT_NUM_CANDIDATES,
@@ -30,7 +33,13 @@ class EsoGenerationMixin(FittedGenerationMixin):
     decoding loop that it calls. The arguments are those of [`EsoGenerationConfig`].
     """
 
-    def generate(self, inputs=None, generation_config=None, *args, **kwargs):
+    def generate(  # type: ignore[override]  # transformers' own returns its own outputs
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> EsoGenerateOutput | torch.Tensor:
         """Generates text, from prompts, into the holes of prompts, or from nothing.
 
         Args:
@@ -81,9 +90,9 @@ class EsoGenerationMixin(FittedGenerationMixin):
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = TextFeed(kwargs["streamer"])
         with no_advice_on_padding():
-            return super().generate(prompts, generation_config, *args, **kwargs)
+            return super().generate(prompts, generation_config, *args, **kwargs)  # type: ignore[return-value]  # ours
 
-    def _sample(
+    def _sample(  # type: ignore[override]  # what `generate` hands over is ours already
         self,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
@@ -95,7 +104,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         attention_mask: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         cache_to_go_on_from: Cache | None = None,
-        **model_kwargs,
+        **model_kwargs: Any,
     ) -> EsoGenerateOutput | torch.Tensor:
         """The decoding loop, called by `generate` in place of transformers' left-to-right one.
 
@@ -108,7 +117,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         self._check_settings(generation_config, alpha_0, canvas)
         require_generators(generator, canvas.batch)
         if cache_to_go_on_from is not None and cache_to_go_on_from.get_seq_length() > 0:
-            take_over_cache(cache_to_go_on_from, past_key_values, canvas)
+            take_over_cache(cache_to_go_on_from, cast(PreallocatedCache, past_key_values), canvas)
         watcher = StopWatcher(stopping_criteria, canvas, self.device)
         processors = for_slots(logits_processor, self.config.vocab_size)
         sampler = TokenSampler(processors, not generation_config.do_sample, generator, self.config.mask_token_id)
@@ -120,7 +129,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         )
         num_forwards = 0
         with (
-            Observers(canvas, watcher, recorder, streamer, generation_config.progress_bar) as observers,
+            Observers(canvas, watcher, recorder, streamer, bool(generation_config.progress_bar)) as observers,
             self.ready_to_decode(),
         ):
             observers.start()
@@ -198,7 +207,7 @@ def _make_strategy(
     generation_config: EsoGenerationConfig, canvas: Canvas, sampler: TokenSampler, alpha_0: float, use_cache: bool
 ) -> DecodingStrategy:
     """How `generate` decides tokens: in parallel as planned, or adaptively, or without loss."""
-    plan = {
+    plan: dict[str, Any] = {
         "alpha_0": alpha_0,
         "num_steps": generation_config.num_diffusion_steps,
         "unmasking_order": generation_config.unmasking_order,

@@ -1,6 +1,7 @@
 """A KV cache that is allocated once and appended to in place."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -43,6 +44,8 @@ class PreallocatedLayer(CacheLayerMixin):
     """
 
     is_croppable = True
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, max_length: int, is_compileable: bool = False):
         super().__init__()
@@ -66,7 +69,7 @@ class PreallocatedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -120,19 +123,22 @@ class PreallocatedCache(Cache):
             name places before each of them, after a first one that is not compiled and allocates the memory.
     """
 
+    layers: list[PreallocatedLayer]  # type: ignore[assignment]  # transformers' list is of any kind
+
     def __init__(self, num_layers: int, max_length: int, is_compileable: bool = False):
         super().__init__(layers=[PreallocatedLayer(max_length, is_compileable) for _ in range(num_layers)])
         self.max_length = max_length
         self.text: CachedText | None = None
         self.is_stale = False  # whether slots have been written since `text` was noted
 
-    def update(self, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         self.is_stale = self.text is not None
         return super().update(*args, **kwargs)
 
     def copy_from(self, cache: Cache, length: int, repeats: int) -> None:
         """Takes over the first `length` slots of a cache, each of its rows `repeats` times; it stays as it is."""
-        for layer, source in zip(self.layers, cache.layers, strict=True):
+        sources: list[Any] = cache.layers  # with keys and values, as not all of transformers' layers are
+        for layer, source in zip(self.layers, sources, strict=True):
             keys, values = (
                 states[..., :length, :].repeat_interleave(repeats, dim=0) for states in (source.keys, source.values)
             )

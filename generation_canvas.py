@@ -4,6 +4,8 @@ The device runs the model and draws; the tokens that it has drawn come over once
 on which text is known (end of text, stopping criteria, streamers, the context of logits processors) is decided here.
 """
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache
 
@@ -170,13 +172,14 @@ def take_over_cache(given: Cache, cache: PreallocatedCache, canvas: Canvas) -> N
     Raises:
         ValueError: when that is anything else.
     """
-    if not all(getattr(layer, "keys", None) is not None for layer in given.layers):
+    layers: list[Any] = given.layers
+    if not all(getattr(layer, "keys", None) is not None for layer in layers):
         raise ValueError(f"`past_key_values` must be a cache of keys and values, got {type(given).__name__}.")
     if getattr(given, "is_stale", False):
         raise ValueError("`past_key_values` has been written to since `generate` returned it: pass a copy as it was.")
     text = getattr(given, "text", None)
     length = given.get_seq_length() if text is None else min(max(text.lengths), given.get_seq_length())
-    rows = len(given.layers[0].keys)
+    rows = len(layers[0].keys)
     if canvas.batch % rows != 0 or length > canvas.prompt_length:
         raise ValueError(
             f"`past_key_values` holds {rows} rows of up to {length} tokens, which are not those of `input_ids`: "

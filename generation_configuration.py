@@ -1,9 +1,10 @@
 """What `generate` is told, an `EsoGenerationConfig`, and what it tells, an `EsoGenerateOutput`."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
@@ -76,24 +77,24 @@ class EsoGenerationConfig(GenerationConfig):
         ValueError: when a field is out of its range.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         kwargs = {name: to_python(value) for name, value in kwargs.items()}
-        self.alpha_0 = kwargs.pop("alpha_0", None)
-        self.num_diffusion_steps = kwargs.pop("num_diffusion_steps", None)
-        self.unmasking_order = kwargs.pop("unmasking_order", None)
-        self.block_length = kwargs.pop("block_length", None)
-        self.confidence_threshold = kwargs.pop("confidence_threshold", None)
-        self.entropy_bound = kwargs.pop("entropy_bound", None)
-        self.num_candidates = kwargs.pop("num_candidates", None)
-        self.lossless = kwargs.pop("lossless", None)
-        self.draft_length = kwargs.pop("draft_length", None)
-        self.lockstep = kwargs.pop("lockstep", None)
-        self.progress_bar = kwargs.pop("progress_bar", None)
+        self.alpha_0: float | None = kwargs.pop("alpha_0", None)
+        self.num_diffusion_steps: int | Literal["max"] | None = kwargs.pop("num_diffusion_steps", None)
+        self.unmasking_order: str | None = kwargs.pop("unmasking_order", None)
+        self.block_length: int | None = kwargs.pop("block_length", None)
+        self.confidence_threshold: float | None = kwargs.pop("confidence_threshold", None)
+        self.entropy_bound: float | None = kwargs.pop("entropy_bound", None)
+        self.num_candidates: int | None = kwargs.pop("num_candidates", None)
+        self.lossless: bool | None = kwargs.pop("lossless", None)
+        self.draft_length: int | Literal["auto"] | None = kwargs.pop("draft_length", None)
+        self.lockstep: bool | None = kwargs.pop("lockstep", None)
+        self.progress_bar: bool | None = kwargs.pop("progress_bar", None)
         kwargs.setdefault("do_sample", True)
         super().__init__(**kwargs)
 
     @classmethod
-    def from_model_config(cls, model_config) -> "EsoGenerationConfig":
+    def from_model_config(cls, model_config: PreTrainedConfig | dict) -> "EsoGenerationConfig":
         """Takes the special tokens over from a model config, and leaves `alpha_0` to follow the model's."""
         derived = as_eso_generation_config(GenerationConfig.from_model_config(model_config))
         # A saved config that is marked as derived loses our fields when transformers reads it back.
@@ -105,7 +106,7 @@ class EsoGenerationConfig(GenerationConfig):
         defaults = {"do_sample": True, "top_k": None, "unmasking_order": "random"}
         return GenerationConfig._get_default_generation_params() | defaults
 
-    def validate(self, *args, **kwargs):
+    def validate(self, *args: Any, **kwargs: Any) -> None:
         """Checks the fields of the two phases, and those of transformers."""
         for name in ("max_length", "max_new_tokens", "num_return_sequences"):
             require_count(name, getattr(self, name))
@@ -161,7 +162,7 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`entropy_bound` too."
             )
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Saves the settings, unless transformers could not load the model with them."""
         self.check_loadable()
         super().save_pretrained(*args, **kwargs)
@@ -264,7 +265,7 @@ def as_eso_generation_config(generation_config: GenerationConfig) -> EsoGenerati
         generation_config.validate()
         return generation_config
     given = {name: value for name, value in generation_config.to_dict().items() if value is not None}
-    return EsoGenerationConfig.from_dict(given)
+    return EsoGenerationConfig.from_dict(given)  # type: ignore[return-value]  # it makes one of its own class
 
 
 __all__ = ["EsoGenerateOutput", "EsoGenerationConfig"]

@@ -5,14 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.masking_utils import BlockMask
 
 from .generation_cache import PreallocatedCache, SlotPlaces
 from .modeling_attention import PackedRows, make_attention_mask
+from .modeling_interface import EsoLM
 
 MAX_COMPILED_SLOTS = 128
 """Slots of a row up to which a step on a static cache is rounded up to a power of two of them and may be compiled."""
@@ -97,7 +98,7 @@ class Decoder:
             which may hold a prompt, and those of more than `MAX_COMPILED_SLOTS` a row are run as they are.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: Cache | None, compiled_forward: Callable | None = None):
+    def __init__(self, model: EsoLM, cache: Cache | None, compiled_forward: Callable | None = None):
         self.model, self.cache = model, cache
         self.compiled_forward = compiled_forward or model
 
@@ -115,14 +116,10 @@ class Decoder:
     def _run_uniform(self, feed: Feed) -> torch.Tensor:
         """Rows that stand at the same place; without a cache, what some of them feed less is padding behind."""
         _rewind(self.cache, feed.starts[0])
-        slots_to_keep = _slots_to_keep(feed, feed.input_ids.shape[1])
-        logits = self._forward(
-            self.model,
-            feed.input_ids,
-            feed.position_ids,
-            None if feed.horizon is None else self._narrow_mask(feed),
-            slots_to_keep,
-        )
+        slots_to_keep, mask = _slots_to_keep(feed, feed.input_ids.shape[1]), None
+        if feed.horizon is not None and feed.first_mask is not None:
+            mask = self._narrow_mask(feed.horizon, feed.first_mask)
+        logits = self._forward(self.model, feed.input_ids, feed.position_ids, mask, slots_to_keep)
         return _of_kept_slots(logits, feed)
 
     def _run_packed(self, feed: Feed) -> torch.Tensor:
@@ -133,7 +130,9 @@ class Decoder:
         kept = [first[row] + slot for row, slots in enumerate(feed.kept) for slot in slots]
         num_keys = [start + count for start, count in zip(feed.starts, feed.num_fed, strict=True)]
         row_index, slot_index, cache_index = torch.stack([rows, own, own + starts[rows]]).to(self.model.device)
-        self.cache.keep(max(num_keys), SlotPlaces(row_index[None], cache_index[None], batch=len(feed.num_fed)))
+        cast(PreallocatedCache, self.cache).keep(
+            max(num_keys), SlotPlaces(row_index[None], cache_index[None], batch=len(feed.num_fed))
+        )
         logits = self._forward(
             self.model,
             feed.input_ids[rows, own][None],
@@ -146,7 +145,7 @@ class Decoder:
 
     def _run_padded(self, feed: Feed, is_static: bool) -> torch.Tensor:
         """Rows that are filled up to the same number of slots, with the last that counts once more."""
-        cache = self.cache
+        cache = cast(PreallocatedCache, self.cache)
         batch, num_slots = feed.input_ids.shape
         if is_static:
             num_slots = max(_next_power_of_two(num_slots), 2 * _next_power_of_two(_most_kept(feed)))
@@ -178,7 +177,7 @@ class Decoder:
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | BlockMask | None,
         slots_to_keep: torch.Tensor,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """The logits of a forward, (batch, kept, vocab), from tensors of the host."""
         device = self.model.device
@@ -197,11 +196,11 @@ class Decoder:
         is_compileable = isinstance(cache, PreallocatedCache) and cache.is_compileable and cache.is_initialized
         return is_compileable and num_slots <= MAX_COMPILED_SLOTS
 
-    def _narrow_mask(self, feed: Feed) -> torch.Tensor:
+    def _narrow_mask(self, horizon: torch.Tensor, first_mask: torch.Tensor) -> torch.Tensor:
         """What each fed slot sees of the fed ones, (batch, 1, fed, fed); all of them see what is cached."""
-        key = torch.arange(feed.input_ids.shape[1])
-        is_earlier_mask = (feed.first_mask[..., None] <= key) & (key <= key[:, None])
-        return ((key < feed.horizon[..., None]) | is_earlier_mask)[:, None].to(self.model.device)
+        key = torch.arange(horizon.shape[1])
+        is_earlier_mask = (first_mask[..., None] <= key) & (key <= key[:, None])
+        return ((key < horizon[..., None]) | is_earlier_mask)[:, None].to(self.model.device)
 
     def _wide_mask(
         self, feed: Feed, own: torch.Tensor, starts: torch.Tensor, num_keys: int
@@ -212,10 +211,11 @@ class Decoder:
         first = own if feed.first_mask is None else feed.first_mask.gather(1, own)
         horizon, first, last = torch.stack([horizon + starts, first + starts, own + starts]).to(device)
 
-        def sees(row, head, query, key):
+        def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return (key < horizon[row, query]) | ((first[row, query] <= key) & (key <= last[row, query]))
 
-        return make_attention_mask(self.model.model.config, sees, *own.shape, num_keys, self.model.dtype, device)
+        batch, fed = own.shape
+        return make_attention_mask(self.model.model.config, sees, batch, fed, num_keys, self.model.dtype, device)
 
 
 def _most_kept(feed: Feed) -> int:

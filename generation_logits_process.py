@@ -46,7 +46,7 @@ class MinimumLength(SlotProcessor):
     def __init__(self, first_column: int, eos_token_ids: torch.Tensor):
         self.first_column, self.eos_token_ids = first_column, eos_token_ids
 
-    def __call__(self, canvas, rows, columns, scores):
+    def __call__(self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.Tensor) -> torch.Tensor:
         early = [index for index, column in enumerate(columns) if column < self.first_column]
         scores = scores.clone()
         scores[torch.tensor(early, dtype=torch.long)[:, None], self.eos_token_ids.cpu()] = -torch.inf
@@ -64,7 +64,7 @@ class PhraseBias(SlotProcessor):
         self.tokens, self.token_biases = torch.tensor(list(tokens), dtype=torch.long), torch.tensor([*tokens.values()])
         self.biases = {phrase: bias for phrase, bias in biases.items() if len(phrase) > 1}
 
-    def __call__(self, canvas, rows, columns, scores):
+    def __call__(self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.Tensor) -> torch.Tensor:
         scores = scores.clone()
         scores[:, self.tokens] += self.token_biases.to(scores)
         if not self.biases:
@@ -92,7 +92,7 @@ class NoRepeatedNGram(SlotProcessor):
         self.texts: dict[int, list[int]] = {}
         self.completions: dict[int, dict[tuple[int, tuple[int, ...]], set[int]]] = {}
 
-    def __call__(self, canvas, rows, columns, scores):
+    def __call__(self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.Tensor) -> torch.Tensor:
         for row in set(rows):
             self._learn(row, canvas.text_with_gaps(row))
         scores = scores.clone()
@@ -116,8 +116,11 @@ class NoRepeatedNGram(SlotProcessor):
 
     def _forbidden(self, row: int, place: int) -> set[int]:
         text, completions = self.texts[row], self.completions[row]
-        windows = [(offset, _others(text, place, offset, self.size)) for offset in range(self.size)]
-        windows = [(offset, others) for offset, others in windows if others is not None and -1 not in others]
+        windows = [
+            (offset, others)
+            for offset in range(self.size)
+            if (others := _others(text, place, offset, self.size)) is not None and -1 not in others
+        ]
         forbidden = set().union(*(completions.get(window, ()) for window in windows))
         # A token may also complete two n-grams at once that are the same; it then equals one of its neighbours.
         for token in {token for _, others in windows for token in others}:
@@ -133,7 +136,7 @@ class AllowedTokens(SlotProcessor):
     def __init__(self, allowed_tokens: Callable[[int, torch.Tensor], list[int]]):
         self.allowed_tokens = allowed_tokens
 
-    def __call__(self, canvas, rows, columns, scores):
+    def __call__(self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.Tensor) -> torch.Tensor:
         allowed = {row: list(self.allowed_tokens(row, canvas.known_text(row))) for row in set(rows)}
         mask = torch.full_like(scores, -torch.inf)
         for slot, row in enumerate(rows):
@@ -160,13 +163,16 @@ def for_slots(logits_processor: LogitsProcessorList, vocab_size: int) -> list[Lo
 
 def _for_slots(processor: LogitsProcessor, vocab_size: int) -> LogitsProcessor | SlotProcessor:
     # Exactly these classes: what others have made of them is theirs.
-    kind = type(processor)
-    if kind is standard.RepetitionPenaltyLogitsProcessor and isinstance(processor.prompt_ignore_length, torch.Tensor):
+    if type(processor) is standard.RepetitionPenaltyLogitsProcessor:
         # transformers has it skip each prompt's padding, which the text known so far does not have.
-        return standard.RepetitionPenaltyLogitsProcessor(processor.penalty)
-    if kind is standard.NoRepeatNGramLogitsProcessor:
+        skips_padding = isinstance(processor.prompt_ignore_length, torch.Tensor)
+        return standard.RepetitionPenaltyLogitsProcessor(processor.penalty) if skips_padding else processor
+    if type(processor) is standard.NoRepeatNGramLogitsProcessor:
         return NoRepeatedNGram(processor.ngram_size)
-    if kind in (standard.SequenceBiasLogitsProcessor, standard.NoBadWordsLogitsProcessor):
+    if (
+        type(processor) is standard.SequenceBiasLogitsProcessor
+        or type(processor) is standard.NoBadWordsLogitsProcessor
+    ):
         phrases = dict(processor.sequence_bias)
         for token_id in itertools.chain(*phrases):
             if not 0 <= token_id < vocab_size:
@@ -174,12 +180,12 @@ def _for_slots(processor: LogitsProcessor, vocab_size: int) -> LogitsProcessor |
                     f"`bad_words_ids` and `sequence_bias` must hold ids in [0, {vocab_size - 1}], got {token_id}."
                 )
         return PhraseBias(phrases)
-    if kind is standard.MinLengthLogitsProcessor:
+    if type(processor) is standard.MinLengthLogitsProcessor:
         return MinimumLength(processor.min_length, processor.eos_token_id)
-    if kind is standard.MinNewTokensLengthLogitsProcessor:
+    if type(processor) is standard.MinNewTokensLengthLogitsProcessor:
         first_column = processor.prompt_length_to_skip + processor.min_new_tokens
         return MinimumLength(first_column, processor.eos_token_id)
-    if kind is standard.PrefixConstrainedLogitsProcessor:
+    if type(processor) is standard.PrefixConstrainedLogitsProcessor:
         return AllowedTokens(processor._prefix_allowed_tokens_fn)
     return processor
 

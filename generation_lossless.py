@@ -107,7 +107,7 @@ class LosslessUnmasking(DecodingStrategy):
         self.draft_lengths = [DraftLength(draft_length) for _ in range(canvas.batch)]
         # Of each row, the drafted tokens of the slots behind the decided ones, and q, (drafts, vocab), of each.
         self.drafts: list[list[int]] = [[] for _ in range(canvas.batch)]
-        self.proposals: list[torch.Tensor | None] = [None] * canvas.batch
+        self.proposals = [torch.empty(0)] * canvas.batch
         self.widths = [0] * canvas.batch  # masks that draft on
         self.num_forwards, self.num_offered, self.num_accepted = ([0] * canvas.batch for _ in range(3))
 
@@ -196,7 +196,8 @@ class LosslessUnmasking(DecodingStrategy):
         """
         batch, device = self.canvas.batch, logits.device
         num_drafts = [len(drafts) for drafts in self.drafts]
-        accepted, is_refused, decisions = [0] * batch, [False] * batch, []
+        accepted, is_refused = [0] * batch, [False] * batch
+        decisions: list[Decisions] = []
         if not any(num_drafts):
             return decisions, accepted, is_refused
         uniform = self.sampler.uniform(num_drafts, device)

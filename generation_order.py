@@ -5,6 +5,7 @@ else is needed to keep masks out of the clean tokens' states, and padding out of
 """
 
 import math
+from typing import Literal
 
 import torch
 
@@ -18,7 +19,7 @@ def plan_generation(
     num_rows: int,
     num_tokens: int,
     alpha_0: float,
-    num_steps: int | str | None = None,
+    num_steps: int | Literal["max"] | None = None,
     unmasking_order: str = "random",
     block_length: int | None = None,
     is_adaptive: bool = False,
@@ -68,7 +69,11 @@ def plan_generation(
 
 
 def _sample_strided_order(
-    num_rows: int, num_tokens: int, num_steps: int | str | None, alpha_0: float, generator: torch.Generator | None
+    num_rows: int,
+    num_tokens: int,
+    num_steps: int | Literal["max"] | None,
+    alpha_0: float,
+    generator: torch.Generator | None,
 ) -> tuple[torch.Tensor, list[int]]:
     """The strided order, (num_rows, num_tokens), and the number of tokens of each group of the diffusion phase.
 
@@ -80,7 +85,7 @@ def _sample_strided_order(
     the counts, and each draws which one.
     """
     in_parallel = is_integer(num_steps)
-    num_classes = min(num_steps, num_tokens) if in_parallel else math.ceil(math.sqrt(num_tokens))
+    num_classes = min(num_steps, num_tokens) if is_integer(num_steps) else math.ceil(math.sqrt(num_tokens))
     # Rounded at random, so that the expected fraction of diffusion steps is α_0 whatever their number.
     num_diffusion_classes = math.floor(alpha_0 * num_classes + float(torch.rand((), generator=generator)))
     size, num_large = divmod(num_tokens, num_classes)

@@ -77,23 +77,20 @@ def select_tokens(
     Returns:
         (candidates,) bool.
     """
-    if confidence_threshold is None and entropy_bound is None:
+    if confidence_threshold is not None:
+        uncertainty, bound = -logits.softmax(dim=-1).amax(dim=-1), -confidence_threshold
+    elif entropy_bound is not None:
+        log_probs = logits.log_softmax(dim=-1)
+        uncertainty, bound = -(log_probs.exp() * log_probs).nansum(dim=-1), entropy_bound
+    else:
         return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
     row_widths = torch.tensor(widths)[:, None]
     rows, candidates = (torch.arange(max(widths)) < row_widths).nonzero().to(logits.device).unbind(dim=-1)
-    if confidence_threshold is not None:
-        uncertainty = -logits.softmax(dim=-1).amax(dim=-1)
-    else:
-        log_probs = logits.log_softmax(dim=-1)
-        uncertainty = -(log_probs.exp() * log_probs).nansum(dim=-1)
     by_row = uncertainty.new_full((len(widths), max(widths)), torch.inf)
     # Masks that see nothing but masks are equally uncertain, whatever the last digit says: the first ones are kept.
     by_row[rows, candidates] = uncertainty.round(decimals=4)
     ascending, ranked = by_row.sort(dim=-1, stable=True)
-    if confidence_threshold is not None:
-        is_kept = ascending <= -confidence_threshold
-    else:
-        is_kept = ascending.cumsum(dim=-1) - ascending <= entropy_bound
+    is_kept = (ascending if confidence_threshold is not None else ascending.cumsum(dim=-1) - ascending) <= bound
     is_kept[:, 0] = True
     return torch.empty_like(is_kept).scatter(-1, ranked, is_kept)[rows, candidates]
 

@@ -9,7 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Never
+from typing import Any, Never
 
 import torch
 from transformers import GenerationConfig, GenerationMixin
@@ -19,11 +19,14 @@ from .generation_cache import PreallocatedCache
 from .generation_configuration import EsoGenerationConfig, as_eso_generation_config
 from .generation_decoding import KEYS_AT_A_TIME
 from .generation_lossless import DRAFT_LENGTHS
+from .modeling_interface import EsoLM
 from .validation import is_integer
 
 
-class FittedGenerationMixin(GenerationMixin):
+class FittedGenerationMixin(GenerationMixin, EsoLM):
     """What of transformers' generation an Eso-LM overrides."""
+
+    generation_config: EsoGenerationConfig
 
     def adjust_generation_fn(self, *args, **kwargs):
         """transformers reads generation_config.json into the base class: brings our fields and their checks back."""
@@ -70,17 +73,12 @@ class FittedGenerationMixin(GenerationMixin):
             return torch.empty(1, 0, dtype=torch.long, device=self.device)
         return inputs
 
-    def _prepare_generated_length(self, generation_config, has_default_max_length, inputs_tensor, **kwargs):
+    def _prepare_generated_length(self, generation_config, has_default_max_length, *args, **kwargs):
         """Left to itself transformers adds 20 tokens, also to a prompt whose holes are to be filled in."""
-        is_infilling = has_default_max_length and bool((inputs_tensor == self.config.mask_token_id).any())
+        is_infilling = has_default_max_length and bool((kwargs["inputs_tensor"] == self.config.mask_token_id).any())
         if is_infilling and generation_config.max_new_tokens is None:
             generation_config.max_new_tokens = 0
-        return super()._prepare_generated_length(
-            generation_config=generation_config,
-            has_default_max_length=has_default_max_length,
-            inputs_tensor=inputs_tensor,
-            **kwargs,
-        )
+        return super()._prepare_generated_length(generation_config, has_default_max_length, *args, **kwargs)
 
     def _validate_generated_length(self, generation_config, input_ids_length, has_default_max_length):
         """To transformers a prompt that is as long as the text leaves nothing to do; here it may have holes."""
@@ -121,21 +119,21 @@ class FittedGenerationMixin(GenerationMixin):
         else:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
 
-    def compute_transition_scores(self, *args, **kwargs) -> Never:
+    def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Never:
         """Has no meaning here: the scores are not those of left-to-right steps."""
         raise ValueError(
             "`compute_transition_scores` presupposes left to right: take `log_probs` of the output of `generate`."
         )
 
-    def generate_batch(self, *args, **kwargs) -> Never:
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Never:
         """Is not supported: transformers' continuous batching samples next tokens, from clean slots."""
         raise _no_continuous_batching("generate_batch")
 
-    def init_continuous_batching(self, *args, **kwargs) -> Never:
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Never:
         """Is not supported, as `generate_batch`."""
         raise _no_continuous_batching("init_continuous_batching")
 
-    def continuous_batching_context_manager(self, *args, **kwargs) -> Never:
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Never:
         """Is not supported, as `generate_batch`."""
         raise _no_continuous_batching("continuous_batching_context_manager")
 
@@ -153,12 +151,12 @@ def _num_judging_masks(generation_config: EsoGenerationConfig) -> int:
     """The masks that judge the drafts of lossless decoding, which stand behind those of the last slots."""
     if not generation_config.lossless:
         return 0
-    is_fixed = generation_config.draft_length not in (None, "auto")
-    longest = generation_config.draft_length if is_fixed else max(DRAFT_LENGTHS)
+    draft_length = generation_config.draft_length
+    longest = draft_length if is_integer(draft_length) else max(DRAFT_LENGTHS)
     return max(min(longest, generation_config.max_length) - 1, 0)
 
 
-def require_no_prompt_learning(model: GenerationMixin) -> None:
+def require_no_prompt_learning(model: FittedGenerationMixin) -> None:
     """Raises a ValueError if PEFT's soft prompts, which would have to be fed as embeddings, are on a model."""
     # PEFT hooks itself into this method.
     peft_model = getattr(model.prepare_inputs_for_generation, "__self__", None)

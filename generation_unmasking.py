@@ -2,6 +2,7 @@
 
 from bisect import bisect_right
 from itertools import accumulate
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from .generation_sampling import (
 
 
 def plan_rows(
-    canvas: Canvas, generator: Generators, in_lockstep: bool, **plan
+    canvas: Canvas, generator: Generators, in_lockstep: bool, **plan: Any
 ) -> tuple[torch.Tensor, list[list[int]]]:
     """Plans in which order, and in which groups, the open columns of every row are filled in.
 
@@ -84,7 +85,7 @@ class UnmaskingSchedule:
         in_lockstep: bool,
         num_candidates: int | None,
         unmasking_order: str,
-        **plan,
+        **plan: Any,
     ):
         self.num_candidates = num_candidates
         # What is tried in vain waits until the others of its group have been tried, unless text is to grow in order.
@@ -164,7 +165,7 @@ class ParallelUnmasking(DecodingStrategy):
         self.confidence_threshold, self.entropy_bound = confidence_threshold, entropy_bound
         self.in_lockstep = schedule.in_lockstep
         self.order, self.cached = schedule.order, schedule.cached
-        self.widths = []
+        self.widths: list[int] = []
 
     def next_feed(self) -> Feed:
         canvas, schedule = self.canvas, self.schedule
@@ -193,18 +194,18 @@ class ParallelUnmasking(DecodingStrategy):
         is_kept = select_tokens(logits, widths, self.confidence_threshold, self.entropy_bound)
         log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
         # All that the host needs to know of this forward, in one transfer.
-        drawn, log_probs, can_be_drawn, is_kept = torch.stack(
+        tokens, values, can_be_drawn, keeps = torch.stack(
             [drawn.double(), log_probs.double(), is_drawable(scores).double(), is_kept.double()]
         ).tolist()
         require_drawable(can_be_drawn)
-        kept = [slot for slot, keep in enumerate(is_kept) if keep]
+        kept = [slot for slot, keep in enumerate(keeps) if keep]
         decisions = Decisions(
             rows=[rows[slot] for slot in kept],
             columns=[columns[slot] for slot in kept],
             scores=scores[kept],
             logits=logits[kept],
         )
-        tokens, log_probs = [int(drawn[slot]) for slot in kept], [log_probs[slot] for slot in kept]
-        self.canvas.reveal(decisions.rows, decisions.columns, tokens, log_probs, step)
-        self.schedule.advance(widths, [bool(keep) for keep in is_kept], self.use_cache)
+        tokens, values = [int(tokens[slot]) for slot in kept], [values[slot] for slot in kept]
+        self.canvas.reveal(decisions.rows, decisions.columns, tokens, values, step)
+        self.schedule.advance(widths, [bool(keep) for keep in keeps], self.use_cache)
         return decisions

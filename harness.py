@@ -6,11 +6,13 @@ It is the harness's own command line, with `eso` registered, for which the harne
 Python, import this module, then use `lm_eval` as ever.
 """
 
+from typing import Any
+
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_eso import EsoConfig
 from .generation_order import sample_scoring_orders
@@ -21,7 +23,7 @@ AutoModelForCausalLM.register(EsoConfig, EsoForMaskedDiffusion, exist_ok=True)
 
 
 @register_model("eso")
-class EsoHarnessLM(HFLM):
+class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
     """The harness's Hugging Face model, with the likelihoods and the sampler of an Eso-LM.
 
     Args:
@@ -36,7 +38,7 @@ class EsoHarnessLM(HFLM):
 
     def __init__(
         self,
-        pretrained,
+        pretrained: str | PreTrainedModel,
         num_orders: int = 1,
         alpha_0: float | None = None,
         seed: int = 0,
@@ -44,7 +46,7 @@ class EsoHarnessLM(HFLM):
         unmasking_order: str | None = None,
         entropy_bound: float | None = None,
         confidence_threshold: float | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(pretrained, backend=kwargs.pop("backend", "causal"), **kwargs)
         if not is_integer(num_orders) or num_orders < 1:
@@ -61,13 +63,18 @@ class EsoHarnessLM(HFLM):
         }
         self.generation_settings = {name: value for name, value in settings.items() if value is not None}
 
-    def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding would write it) of each continuation, given its context."""
         batch_size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
         alpha_0 = self.model.config.alpha_0 if self.alpha_0 is None else self.alpha_0
         # Longest first, so that memory runs out at once or never.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
-        results = [None] * len(requests)
+        results: list[Any] = [None] * len(requests)
         starts = range(0, len(requests), batch_size)
         for start in tqdm(starts, disable=disable_tqdm or self.rank != 0, desc="Log-likelihoods"):
             batch = order[start : start + batch_size]
@@ -108,7 +115,7 @@ class EsoHarnessLM(HFLM):
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], results[index])
         return results
 
-    def _model_generate(self, context, max_length: int, stop: list[str], **kwargs) -> torch.Tensor:
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         """Continues contexts, (batch, tokens), padded on the left, until one of the strings in `stop`."""
         temperature = kwargs.pop("temperature", None)
         if temperature:

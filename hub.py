@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from .configuration_eso import EsoConfig
 from .generation_configuration import EsoGenerationConfig
+from .modeling_interface import EsoNetwork
 
 TAGS = ["eso-lm", "masked-diffusion", "diffusion-language-model", "any-order", "parallel-decoding", "custom_code"]
 
@@ -58,7 +61,8 @@ Not written yet.
 def model_card(config: EsoConfig, title: str) -> ModelCard:
     """A card with tags, library name, sizes, a usage snippet and the citation; `title` is a name or a Hub id."""
     own = "the paper's diffusion transformer"
-    backbone = own if config.backbone_config is None else f"`{config.backbone_config.model_type}` of transformers"
+    other = config.backbone_config
+    backbone = f"`{other.model_type}` of transformers" if isinstance(other, PreTrainedConfig) else own
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=TAGS)
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{BODY.format(config=config, title=title, backbone=backbone)}")
 
@@ -70,32 +74,33 @@ def write_model_card(folder: Path, config: EsoConfig, title: str) -> None:
         model_card(config, title).save(path)
 
 
-class EsoHubMixin:
+class EsoHubMixin(EsoNetwork):
     """Saves a model so that its folder loads anywhere, and is ready for `push_to_hub`."""
 
-    _auto_classes = ("AutoModel",)
+    _auto_classes: tuple[str, ...] = ("AutoModel",)
     """The Auto classes that a saved folder loads through with `trust_remote_code=True`."""
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Saves weights, configurations and the code, so that the folder loads with `trust_remote_code=True`.
 
         Args:
             save_directory: The folder.
-            kwargs: As for every model of transformers.
+            args, kwargs: As for every model of transformers.
 
         Raises:
             ValueError: for a `generation_config` that could not be loaded again.
         """
-        if isinstance(getattr(self, "generation_config", None), EsoGenerationConfig):
-            self.generation_config.check_loadable()
+        settings = getattr(self, "generation_config", None)
+        if isinstance(settings, EsoGenerationConfig):
+            settings.check_loadable()
         # transformers records the one Auto class that a model class is registered for; users come through several.
         self.config.auto_map = {"AutoConfig": _module_and_name(type(self.config))} | {
             auto_class: _module_and_name(type(self)) for auto_class in self._auto_classes
         }
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(save_directory, *args, **kwargs)
         write_model_card(Path(save_directory), self.config, title=Path(save_directory).name)
 
-    def _upload_modified_files(self, working_dir, repo_id, *args, **kwargs):
+    def _upload_modified_files(self, working_dir: str | os.PathLike, repo_id: str, *args: Any, **kwargs: Any) -> Any:
         # For a repository without a card transformers has just written an empty one.
         write_model_card(Path(working_dir), self.config, title=repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 import copy
 import os
-from typing import Self
+from typing import Any, Self, cast
 
 import torch
 from torch import nn
@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_eso import EsoConfig
 from .modeling_backbone import prepare_backbone, require_full_causal_attention, verify_backbone
+from .modeling_interface import EsoLM
 from .validation import is_integer
 
 
-class EsoAdaptationMixin:
+class EsoAdaptationMixin(EsoLM):
     """Adds `from_causal_lm` to an Eso-LM."""
 
     @classmethod
@@ -22,7 +23,7 @@ class EsoAdaptationMixin:
         model: str | os.PathLike | PreTrainedModel,
         mask_token_id: int | None = None,
         alpha_0: float = 1.0,
-        **kwargs,
+        **kwargs: Any,
     ) -> Self:
         """Makes an Eso-LM out of a causal language model, with its weights, body and head.
 
@@ -45,26 +46,28 @@ class EsoAdaptationMixin:
         """
         if mask_token_id is not None and not (is_integer(mask_token_id) and mask_token_id >= 0):
             raise ValueError(f"`mask_token_id` must be an id (an integer >= 0) or None, got {mask_token_id!r}.")
-        model = _load_or_copy(model, kwargs).eval()
-        _require_adaptable(model)
+        causal = _load_or_copy(model, kwargs)
+        causal.eval()
+        _require_adaptable(causal)
 
-        vocab_size = model.get_output_embeddings().weight.shape[0]
+        vocab_size = causal.get_output_embeddings().weight.shape[0]
         if mask_token_id is None:
             mask_token_id = vocab_size
         if mask_token_id >= vocab_size:
-            model.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-        special = ("pad_token_id", "bos_token_id", "eos_token_id")
+            causal.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
+        names = ("pad_token_id", "bos_token_id", "eos_token_id")
+        special: dict[str, Any] = {name: getattr(causal.config, name, None) for name in names}
         config = EsoConfig(
-            backbone_config=model.base_model.config,
+            backbone_config=_body(causal).config,
             mask_token_id=mask_token_id,
             alpha_0=alpha_0,
-            tie_word_embeddings=model.config.tie_word_embeddings,
-            dtype=model.dtype,
-            **{name: getattr(model.config, name, None) for name in special},
+            tie_word_embeddings=causal.config.tie_word_embeddings,
+            dtype=causal.dtype,
+            **special,
         )
         with torch.device("meta"):
             eso = cls(config)
-        _hand_over(model, eso)
+        _hand_over(causal, eso)
         with torch.no_grad():
             for weight in (eso.get_input_embeddings().weight, eso.lm_head.weight):
                 mean = weight[:vocab_size].mean(dim=0, dtype=torch.float32)
@@ -72,7 +75,7 @@ class EsoAdaptationMixin:
         return eso.eval()
 
 
-def _load_or_copy(model: str | os.PathLike | PreTrainedModel, kwargs: dict) -> PreTrainedModel:
+def _load_or_copy(model: str | os.PathLike | PreTrainedModel, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A causal model of one's own to take apart."""
     if isinstance(model, str | os.PathLike):
         return AutoModelForCausalLM.from_pretrained(model, **kwargs)
@@ -85,9 +88,13 @@ def _load_or_copy(model: str | os.PathLike | PreTrainedModel, kwargs: dict) -> P
     return copy.deepcopy(model)
 
 
+def _body(model: PreTrainedModel) -> PreTrainedModel:
+    return cast(PreTrainedModel, model.base_model)  # to transformers any module
+
+
 def _require_adaptable(model: PreTrainedModel) -> None:
     """Raises a ValueError, which says why, for a model whose body or head an Eso-LM cannot take over."""
-    backbone = model.base_model
+    backbone = _body(model)
     if backbone is model or not isinstance(model.get_output_embeddings(), nn.Linear):
         raise ValueError(f"`model` must be a causal model with a linear head, got {type(model).__name__}.")
     require_full_causal_attention(backbone.config)
@@ -117,10 +124,10 @@ def _require_plain_head(model: PreTrainedModel) -> None:
         )
 
 
-def _hand_over(model: PreTrainedModel, eso: PreTrainedModel) -> None:
+def _hand_over(model: PreTrainedModel, eso: EsoLM) -> None:
     """Puts the body and the head of a causal model in the place of those of an Eso-LM without weights."""
     head = model.get_output_embeddings()
-    eso.model, eso.lm_head.weight = model.base_model, head.weight
+    eso.model, eso.lm_head.weight = _body(model), head.weight
     eso.config.backbone_config = eso.model.config
     bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
     eso.lm_head.bias = nn.Parameter(bias.detach())

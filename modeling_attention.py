@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -72,15 +73,16 @@ def make_clean_first_mask(
         config, dtype: As for `make_attention_mask`.
         group: (batch, slots), 0 clean, 1 masked, 2 padding.
     """
+    batch, slots = group.shape
 
-    def sees(row, head, query, key):
+    def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         of_query, of_key = group[row, query], group[row, key]
         return (of_key < of_query) | ((of_key == of_query) & (key <= query))
 
-    return make_attention_mask(config, sees, *group.shape, group.shape[1], dtype, group.device)
+    return make_attention_mask(config, sees, batch, slots, slots, dtype, group.device)
 
 
-def is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> bool:
+def is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> TypeGuard[torch.Tensor]:
     """Whether a mask says which tokens are real, (batch, slots), rather than which slot sees which."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
 
@@ -93,7 +95,7 @@ def eager_attention_forward(
     attention_mask: torch.Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention spelled out; the mask is additive or boolean (True = visible).
 
@@ -154,7 +156,7 @@ def attend_packed(
     value: torch.Tensor,
     attention_mask: torch.Tensor,
     packed_rows: PackedRows,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of each row's slots to its own keys.
 
@@ -196,7 +198,7 @@ def grouped_sdpa_attention_forward(
     dropout: float = 0.0,
     scaling: float | None = None,
     packed_rows: PackedRows | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
 
@@ -206,11 +208,12 @@ def grouped_sdpa_attention_forward(
     if packed_rows is not None:
         kwargs |= {"dropout": dropout, "scaling": scaling}
         attend = grouped_sdpa_attention_forward
-        return attend_packed(attend, module, query, key, value, attention_mask, packed_rows, **kwargs)
+        mask = cast(torch.Tensor, attention_mask)  # packed rows never come without
+        return attend_packed(attend, module, query, key, value, mask, packed_rows, **kwargs)
     batch, num_heads, slots, width = query.shape
     groups = num_heads // key.shape[1]
-    is_plain = attention_mask is not None and attention_mask.shape[1] == 1
-    if groups == 1 or not is_plain or kwargs.get("position_bias") is not None:
+    has_bias = kwargs.get("position_bias") is not None
+    if groups == 1 or has_bias or attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )

@@ -6,6 +6,7 @@ slots (sliding windows, ALiBi), carry a state from slot to slot (recurrent layer
 """
 
 import inspect
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +14,13 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import BlockMask
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
-from .configuration_eso import LENGTH_DEPENDENT_ROPE_TYPES
+from .configuration_eso import LENGTH_DEPENDENT_ROPE_TYPES, EsoConfig
 from .modeling_attention import GROUPED_SDPA, make_attention_mask
+from .modeling_interface import BackboneOutput
+from .validation import require_exactly_one
 
 NEEDED_ARGUMENTS = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 OTHER_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"packed_rows", "token_type_ids"}
@@ -26,17 +28,18 @@ OTHER_ARGUMENTS = frozenset(TransformersKwargs.__annotations__) | {"packed_rows"
 behind the other, and what tokenizers of BERT's kind add to every text."""
 
 
-def make_backbone(config: PreTrainedConfig) -> PreTrainedModel:
-    """Builds the decoder that `config` describes, without weights from anywhere, to stand in for `EsoModel`.
+def make_backbone(config: EsoConfig) -> PreTrainedModel:
+    """Builds the decoder that a `backbone_config` describes, without weights from anywhere, in place of `EsoModel`.
 
     Raises:
         ValueError: when it cannot be the backbone of an Eso-LM; the message says why.
     """
-    require_full_causal_attention(config)
+    described = cast(PreTrainedConfig, config.backbone_config)
+    require_full_causal_attention(described)
     try:
-        decoder = AutoModel.from_config(config)
+        decoder = AutoModel.from_config(described)
     except (ValueError, KeyError) as error:
-        raise ValueError(f"`backbone_config` of type {config.model_type!r} makes no model: {error}") from error
+        raise ValueError(f"`backbone_config` of type {described.model_type!r} makes no model: {error}") from error
     return prepare_backbone(decoder)
 
 
@@ -127,8 +130,8 @@ def run_backbone(
     past_key_values: Cache | None = None,
     inputs_embeds: torch.Tensor | None = None,
     use_cache: bool | None = None,
-    **kwargs,
-) -> BaseModelOutputWithPast:
+    **kwargs: Any,
+) -> BackboneOutput:
     """Runs a decoder with the arguments, and the meaning, of `EsoModel.forward`.
 
     Left to itself a decoder would read jumps of the positions as borders of packed sequences, so it always gets a
@@ -138,7 +141,7 @@ def run_backbone(
         ValueError: for arguments that it has no use for.
     """
     require_known_arguments(kwargs)
-    tokens = input_ids if input_ids is not None else inputs_embeds
+    tokens = require_exactly_one(input_ids, inputs_embeds)
     batch, num_slots = tokens.shape[:2]
     if kwargs.get("packed_rows") is None:
         attention_mask = _mask_for(decoder, attention_mask, batch, num_slots, past_key_values, tokens.device)
@@ -176,7 +179,7 @@ def _mask_for(
         if num_slots == 1:
             return None  # sees everything; no packed sequences are looked for on top of a cache
 
-        def sees(row, head, query, key):
+        def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             return key <= query + num_cached
 
         return make_attention_mask(decoder.config, sees, batch, num_slots, num_keys, decoder.dtype, device)

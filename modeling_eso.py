@@ -8,13 +8,14 @@ token of text position σ(s), carries that position's rotary angle, attends to s
 import math
 from collections.abc import Callable
 from inspect import signature
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import BlockMask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -40,6 +41,7 @@ from .modeling_backbone import (
     run_backbone,
 )
 from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin
+from .modeling_interface import BackboneOutput
 from .modeling_modulation import EsoLayerNorm, EsoModulation, EsoTimestepEmbedding
 from .modeling_objective import hybrid_loss, require_loss_arguments
 from .validation import (
@@ -171,14 +173,14 @@ class EsoPreTrainedModel(EsoHubMixin, PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": EsoDecoderLayer, "attentions": EsoAttention}
 
-    def __init__(self, config: EsoConfig, *args, **kwargs):
+    def __init__(self, config: EsoConfig, *args: Any, **kwargs: Any):
         # The fields may have been changed since the config was made, by from_pretrained(..., alpha_0=2) for example.
         if isinstance(config, EsoConfig):
             config.validate_architecture()
         super().__init__(config, *args, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EsoModulation):
             init.zeros_(module.weight)
             init.zeros_(module.bias)
@@ -186,8 +188,8 @@ class EsoPreTrainedModel(EsoHubMixin, PreTrainedModel):
             # Kaiming uniform with a = sqrt(5), which is torch's default for linears: U(-b, b), b = 1 / sqrt(fan in).
             bound = 1 / math.sqrt(module.weight.shape[1])
             init.uniform_(module.weight, -bound, bound)
-            if getattr(module, "bias", None) is not None:
-                init.uniform_(module.bias, -bound, bound)
+            if (bias := getattr(module, "bias", None)) is not None:
+                init.uniform_(bias, -bound, bound)
         else:
             super()._init_weights(module)
 
@@ -203,7 +205,7 @@ class EsoModel(EsoPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.timestep_embedding = EsoTimestepEmbedding(config)
-        self.rotary_emb = EsoRotaryEmbedding(config=config)
+        self.rotary_emb = EsoRotaryEmbedding(config)  # type: ignore[arg-type]  # it takes any with rotary parameters
         self.layers = nn.ModuleList([EsoDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.modulation = EsoModulation(config, num_vectors=2)
         self.norm = EsoLayerNorm(config)
@@ -211,10 +213,10 @@ class EsoModel(EsoPreTrainedModel):
         self.post_init()
 
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' kwargs name `position_ids` too
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -263,7 +265,7 @@ class EsoModel(EsoPreTrainedModel):
             attention_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
+                attention_mask=attention_mask,  # type: ignore[arg-type]  # it lets other masks through
                 past_key_values=past_key_values,
             )
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids=position_ids)
@@ -302,14 +304,14 @@ class EsoForMaskedDiffusion(
         if config.backbone_config is None:
             self.model = EsoModel(config)
         else:
-            self.model = make_backbone(config.backbone_config)
+            self.model = make_backbone(config)
             config.backbone_config = self.model.config
             self._tied_weights_keys = {"lm_head.weight": f"model.{name_of_embedding(self.model)}"}
         # The states that a decoder gives are as wide as the embeddings that it takes, if not as those in between.
         self.lm_head = nn.Linear(self.get_input_embeddings().embedding_dim, config.vocab_size)
         self.post_init()
 
-    def __setattr__(self, name: str, value) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # TRL's trainers put a forward of their own in place of the model's, which calls the backbone itself.
         if name == "forward" and "fused_lm_head" in signature(value, follow_wrapped=False).parameters:
             raise ValueError(
@@ -318,7 +320,7 @@ class EsoForMaskedDiffusion(
             )
         super().__setattr__(name, value)
 
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         if module is self.lm_head:
             # A fresh model predicts the uniform distribution, unless its head is the embedding.
@@ -327,10 +329,10 @@ class EsoForMaskedDiffusion(
                 init.zeros_(module.weight)
 
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # transformers' kwargs name `position_ids` too
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | BlockMask | None = None,
         position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -421,21 +423,21 @@ class EsoForMaskedDiffusion(
             use_cache=use_cache,
             **kwargs,
         )
-        last_hidden_state = outputs.last_hidden_state
+        states: torch.Tensor = outputs.last_hidden_state
         if isinstance(logits_to_keep, int):
-            last_hidden_state = last_hidden_state[:, -logits_to_keep:] if logits_to_keep else last_hidden_state
+            states = states[:, -logits_to_keep:] if logits_to_keep else states
         elif logits_to_keep.dim() == 2:
-            last_hidden_state = _take_slots(last_hidden_state, logits_to_keep)
+            states = _take_slots(states, logits_to_keep)
         else:
-            last_hidden_state = last_hidden_state[:, logits_to_keep]
+            states = states[:, logits_to_keep]
         return CausalLMOutputWithPast(
-            logits=self.compute_logits(last_hidden_state),
+            logits=self.compute_logits(states),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def run_backbone(self, **arguments) -> BaseModelOutputWithPast:
+    def run_backbone(self, **arguments: Any) -> BackboneOutput:
         """The forward of the backbone, whichever it is, with the arguments of `EsoModel.forward`."""
         return (
             self.model(**arguments) if self.config.backbone_config is None else run_backbone(self.model, **arguments)
@@ -452,14 +454,12 @@ class EsoForMaskedDiffusion(
         return logits
 
     def _read_text_order(
-        self,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Of slots in text order, whether each is clean (0), masked (1) or padding (2), and its text position."""
-        tokens = input_ids if input_ids is not None else inputs_embeds[..., 0]
-        is_masked = tokens == self.config.mask_token_id if input_ids is not None else torch.zeros_like(tokens).bool()
+        given = require_exactly_one(input_ids, inputs_embeds)
+        no_mask = given.new_zeros(given.shape[:2], dtype=torch.bool)
+        is_masked = no_mask if input_ids is None else input_ids == self.config.mask_token_id
         is_real = torch.ones_like(is_masked) if attention_mask is None else attention_mask.bool()
         return clean_masked_padding(is_masked, is_real), text_positions(is_real)
 
@@ -468,7 +468,7 @@ class EsoForMaskedDiffusion(
         """The number of text positions that the backbone has embeddings for; None: any number will do."""
         return None if self.config.backbone_config is None else learned_positions(self.model)
 
-    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As on every model of transformers; the mask keeps its id.
 
         Raises:

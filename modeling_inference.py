@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from .modeling_attention import GROUPED_SDPA, grouped_attention
+from .modeling_interface import EsoLM
 from .modeling_modulation import folded_modulations
 
 MAX_DECODED_SLOTS = 64
@@ -59,7 +60,7 @@ def fast_products_of_few_rows(model: nn.Module) -> Iterator[None]:
             layer.__class__ = nn.Linear
 
 
-class EsoInferenceMixin:
+class EsoInferenceMixin(EsoLM):
     """Lets an Eso-LM be made ready to decode, for as long as a context lasts."""
 
     is_ready_to_decode = False

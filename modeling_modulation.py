@@ -5,6 +5,7 @@ They do not depend on the tokens: given the weights they are constants.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class EsoLayerNorm(nn.Module):
 
 
 @contextmanager
-def folded_modulations(backbone: nn.Module) -> Iterator[None]:
+def folded_modulations(backbone: Any) -> Iterator[None]:
     """Computes every shift, scale and gate of an `EsoModel` once, for as long as the context lasts.
 
     The weights must not change inside.

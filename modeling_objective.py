@@ -5,13 +5,15 @@ then masks, each of which sees the slots before it, other masks among them. In t
 s sees the clean slots before s, and no other mask: two streams, content and query, pass through the network together.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from transformers import PreTrainedModel
 
 from .modeling_attention import is_padding_mask, make_attention_mask
+from .modeling_interface import EsoLM
 from .validation import require_ids_of_vocabulary, require_shape
 
 IGNORED_LABEL = -100
@@ -51,7 +53,7 @@ def require_loss_arguments(
 # Which slots count is data: to torch.compile this is a frame to leave alone, around a backbone to compile.
 @torch.compiler.disable(recursive=False)
 def hybrid_loss(
-    model: PreTrainedModel,
+    model: EsoLM,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
     position_ids: torch.Tensor,
@@ -60,7 +62,7 @@ def hybrid_loss(
     loss_weights: torch.Tensor | None,
     sequential_rows: torch.Tensor | None,
     num_items_in_batch: torch.Tensor | int | None = None,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Weighted cross entropy, in nats, of a batch whose rows are in the diffusion or in the sequential phase.
 
@@ -112,7 +114,7 @@ def hybrid_loss(
 
 @torch.compiler.disable(recursive=False)
 def states_at(
-    model: PreTrainedModel,
+    model: EsoLM,
     is_wanted: torch.Tensor,
     input_ids: torch.Tensor | None,
     inputs_embeds: torch.Tensor | None,
@@ -120,7 +122,7 @@ def states_at(
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
     sequential_rows: torch.Tensor | None,
-    **kwargs,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states that predict the slots `is_wanted`, (batch, slots), each row in its own phase.
 
@@ -170,13 +172,13 @@ def states_at(
 
 @torch.compiler.disable(recursive=False)
 def _query_states(
-    model: PreTrainedModel,
+    model: EsoLM,
     input_ids: torch.Tensor,
     labels: torch.Tensor,
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     is_queried: torch.Tensor,
-    **kwargs,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """Hidden states of the queries of the sequential phase's two streams.
 
@@ -203,7 +205,7 @@ def _query_states(
     if attention_mask is not None:
         is_visible[:, :slots] = attention_mask.bool()
 
-    def sees(row, head, query, key):
+    def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         is_past = (key < horizon[row, query]) & is_visible[row, key]
         return is_past | (key == query)
 
@@ -220,15 +222,13 @@ def _query_states(
     return outputs.last_hidden_state[:, slots:][is_query]
 
 
-def _idle_forwards(
-    model: PreTrainedModel, num_diffusion: int, num_sequential: int, device: torch.device
-) -> torch.Tensor | int:
+def _idle_forwards(model: EsoLM, num_diffusion: int, num_sequential: int, device: torch.device) -> torch.Tensor | int:
     """Zero, after the forwards that other processes need this one to take part in.
 
     Where weights are sharded, every call of the backbone gathers them from all processes, so that these have to make
     the same calls, whatever phases their own rows are in.
     """
-    idle = 0
+    idle: torch.Tensor | int = 0
     if not _is_sharded(model):
         return idle
     has_phase = torch.tensor([num_diffusion, num_sequential], device=device).clamp(max=1)

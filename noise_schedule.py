@@ -4,6 +4,8 @@ q_t keeps each token with probability α_t = α_0 (1 - (1 - ε) t), t in [0, 1],
 independently (arXiv 2506.01928, section 3).
 """
 
+from typing import Literal
+
 import torch
 
 EPSILON = 1e-3
@@ -33,7 +35,7 @@ def sample_times(num_rows: int, generator: torch.Generator | None = None) -> tor
 
 
 def sample_unmasking_counts(
-    num_tokens: int, num_steps: int | str, alpha_0: float, generator: torch.Generator | None = None
+    num_tokens: int, num_steps: int | Literal["max"], alpha_0: float, generator: torch.Generator | None = None
 ) -> list[int]:
     """Draws how many tokens each step of the ancestral diffusion phase reveals.
 

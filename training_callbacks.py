@@ -4,12 +4,19 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from .modeling_objective import IGNORED_LABEL
 from .training_collator import DataCollatorForHybridMaskedDiffusion
@@ -43,7 +50,9 @@ class ExponentialMovingAverageCallback(TrainerCallback):
         self.trainer, self.decay, self.folder, self.resume_from = trainer, decay, folder, resume_from
         self.averages: dict[str, torch.Tensor] = {}
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         parameters = self._parameters(model)
         sources = parameters
         if self.resume_from is not None:
@@ -54,13 +63,15 @@ class ExponentialMovingAverageCallback(TrainerCallback):
             self.averages = {name: _like(sources[name], weight) for name, weight in parameters.items()}
 
     @torch.no_grad()
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
         for name, weight in self._parameters(model).items():
             self.averages[name].lerp_(weight.detach().float(), 1 - decay)
 
-    def on_save(self, args, state, control, **kwargs):
-        self.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.folder)
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.save(f"{args.output_dir}/checkpoint-{state.global_step}/{self.folder}")
 
     def save(self, folder: str | Path) -> None:
         """Saves the averaged model as a folder for `from_pretrained`; every process has to take part."""
@@ -138,14 +149,14 @@ class HeldOutEvaluationCallback(TrainerCallback):
         if not self.tokens.any():
             raise ValueError("`dataset` must hold at least one token that is not part of a prompt.")
         self.average = average
-        self.evaluated_step = None
+        self.evaluated_step: int | None = None
 
-    def evaluate(self, model) -> dict[str, float]:
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out NELBO in nats per token, its standard error over the texts, and the perplexity."""
-        model = self.trainer.accelerator.unwrap_model(model)
+        eso = self.trainer.accelerator.unwrap_model(model)
         generator = torch.Generator().manual_seed(self.seed)
-        device = model.device
-        output = model.nelbo(
+        device = eso.device
+        output = eso.nelbo(
             self.input_ids.to(device),
             self.is_real.to(device),
             self.is_given.to(device),
@@ -162,38 +173,45 @@ class HeldOutEvaluationCallback(TrainerCallback):
             "held_out_perplexity": math.exp(min(per_token, 700)),
         }
 
-    def sample(self, model) -> list[str]:
+    def sample(self, model: nn.Module) -> list[str]:
         """Texts from the model, from the same random numbers each time."""
-        model = self.trainer.accelerator.unwrap_model(model)
-        was_training = model.training
-        model.eval()
+        eso = self.trainer.accelerator.unwrap_model(model)
+        was_training = eso.training
+        eso.eval()
         try:
             generators = [torch.Generator().manual_seed(self.seed + row) for row in range(self.num_samples)]
-            empty = torch.empty(self.num_samples, 0, dtype=torch.long, device=model.device)
-            sequences = model.generate(empty, generator=generators, **self.generation_settings)
+            empty = torch.empty(self.num_samples, 0, dtype=torch.long, device=eso.device)
+            sequences = eso.generate(empty, generator=generators, **self.generation_settings)
         finally:
-            model.train(was_training)
-        return self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            eso.train(was_training)
+        return cast(PreTrainedTokenizerBase, self.tokenizer).batch_decode(sequences, skip_special_tokens=True)
 
-    def _report(self, state, control, model) -> None:
+    def _report(self, state: TrainerState, control: TrainerControl, model: nn.Module) -> None:
         self.evaluated_step = state.global_step
         # To the trainer one log is as good as another: the training loss of this step would go unreported.
         should_log = control.should_log
         with nullcontext() if self.average is None else self.average.applied():
             self.trainer.log(self.evaluate(model))
             if self.tokenizer is not None:
-                state.log_history.append({"samples": self.sample(model), "step": state.global_step})
+                samples: dict[str, Any] = {"samples": self.sample(model), "step": state.global_step}
+                state.log_history.append(samples)
         control.should_log = should_log
 
-    def on_step_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if self.every is not None and state.global_step % self.every == 0:
             self._report(state, control, model)
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if self.every is None:
             self._report(state, control, model)
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
         if self.evaluated_step != state.global_step:
             self._report(state, control, model)
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
-from .configuration_eso import EsoConfig
+from .configuration_eso import DERIVED, EsoConfig
 from .generation_order import order_of_slots, text_positions
 from .modeling_objective import IGNORED_LABEL
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
@@ -54,16 +54,16 @@ class DataCollatorForHybridMaskedDiffusion:
     """
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    mask_token_id: int | None = None
+    mask_token_id: int = DERIVED
     pad_token_id: int | None = None
-    alpha_0: float | None = None
-    diffusion_fraction: float | None = None
+    alpha_0: float = DERIVED
+    diffusion_fraction: float = DERIVED
     loss_type: str = "elbo"
     seed: int | None = None
     pad_to_multiple_of: int | None = None
     config: EsoConfig | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("mask_token_id", "pad_token_id"):
             for source in (self.tokenizer, self.config):
                 if getattr(self, name) is None:
@@ -110,7 +110,7 @@ class DataCollatorForHybridMaskedDiffusion:
             if value is not None and (not is_integer(value) or value < low):
                 raise ValueError(f"`{name}` must be None or an integer >= {low}, got {value!r}.")
 
-    def __call__(self, examples: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, is_real, labels = self.stack(examples)
         generator = self._generator(input_ids)
         counts = labels != IGNORED_LABEL  # the valid tokens: they may be masked, and the loss is per one of them
@@ -135,7 +135,7 @@ class DataCollatorForHybridMaskedDiffusion:
             "sequential_rows": sequential_rows,
         }
 
-    def stack(self, examples: list[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def stack(self, examples: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pads the examples to `input_ids`, `is_real` and `labels`, (batch, length) each, in text order."""
         rows = [self._row(example, index) for index, example in enumerate(examples)]
         lengths = {len(input_ids) for input_ids, _, _ in rows}
@@ -151,9 +151,10 @@ class DataCollatorForHybridMaskedDiffusion:
         fill_values = (self.pad_token_id or 0, False, IGNORED_LABEL)
         columns = []
         for column, fill_value in zip(zip(*rows, strict=True), fill_values, strict=True):
-            padded = pad_sequence(column, batch_first=True, padding_value=fill_value)
+            padded = pad_sequence(list(column), batch_first=True, padding_value=fill_value)
             columns.append(torch.nn.functional.pad(padded, (0, missing), value=fill_value))
-        return tuple(columns)
+        input_ids, is_real, labels = columns
+        return input_ids, is_real, labels
 
     def _row(self, example: Mapping[str, Any], index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Tokens, their reality and their labels of one example, (length,) each, checked."""

@@ -1,42 +1,45 @@
 """Checks of arguments, with errors that name the argument, the value and what would be right."""
 
 from numbers import Integral, Real
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
 
 
-def is_integer(value) -> bool:
+def is_integer(value: object) -> TypeGuard[int]:
     """Whether `value` is an integer, of Python or numpy, True and False not among them."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def is_number(value) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether `value` is a real number, of Python or numpy, True and False not among them."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def to_python(value):
+def to_python(value: Any) -> Any:
     """A scalar of numpy as Python's, which JSON can hold; anything else as it is."""
     return value.item() if isinstance(value, np.generic) else value
 
 
-def require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
-    """Raises a ValueError unless one of the two is given, and not the other."""
-    if (input_ids is None) == (inputs_embeds is None):
-        given = "neither" if input_ids is None else "both"
-        raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}.")
+def require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+    """Raises a ValueError unless one of the two is given, and not the other; returns it."""
+    given = [tensor for tensor in (input_ids, inputs_embeds) if tensor is not None]
+    if len(given) != 1:
+        what = "both" if given else "neither"
+        raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {what}.")
+    return given[0]
 
 
 def require_slots(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> tuple[int, int]:
     """Raises a ValueError unless one of the two is given, with a slot at least; returns its shape (batch, slots)."""
-    require_exactly_one(input_ids, inputs_embeds)
+    tokens = require_exactly_one(input_ids, inputs_embeds)
     if input_ids is not None and input_ids.dim() != 2:
         raise ValueError(f"`input_ids` must have the shape (batch, slots), got {tuple(input_ids.shape)}.")
-    tokens = input_ids if input_ids is not None else inputs_embeds
     if tokens.numel() == 0:
         raise ValueError(f"The input must hold at least one slot, got shape {tuple(tokens.shape)}.")
-    return tuple(tokens.shape[:2])
+    batch, slots = tokens.shape[:2]
+    return batch, slots
 
 
 def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]) -> None:
@@ -48,7 +51,7 @@ def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]
         raise ValueError(f"`{name}` must have the shape {shape}, got {given}.")
 
 
-def require_token_ids(name: str, token_ids, vocab_size: int) -> None:
+def require_token_ids(name: str, token_ids: object, vocab_size: int) -> None:
     """Raises a ValueError unless `token_ids` is a tensor of shape (batch, tokens) with ids of the vocabulary."""
     if not isinstance(token_ids, torch.Tensor) or token_ids.dim() != 2 or len(token_ids) == 0:
         given = tuple(token_ids.shape) if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
