@@ -5,7 +5,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from .validation import is_integer, is_number, to_python
+from .validation import is_integer, is_number, require_fraction, require_positive_integer, to_python
 
 LENGTH_DEPENDENT_ROPE_TYPES = ("dynamic", "longrope")
 """Rotary angles that change with the length of the text: keys in a cache would not be those of a longer text."""
@@ -108,16 +108,12 @@ class EsoConfig(PreTrainedConfig):
             "cond_dim",
             "max_position_embeddings",
         ):
-            value = getattr(self, name)
-            if not is_integer(value) or value < 1:
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+            require_positive_integer(name, getattr(self, name))
         if self.backbone_config is None:
             self._validate_attention_heads()
             self._validate_rope_parameters()
-        for name, low, high in (("alpha_0", 0.0, 1.0), ("hidden_dropout", 0.0, 1.0)):
-            value = getattr(self, name)
-            if not is_number(value) or not low <= value <= high:
-                raise ValueError(f"`{name}` must be a number in [{low:g}, {high:g}], got {value!r}.")
+        for name in ("alpha_0", "hidden_dropout"):
+            require_fraction(name, getattr(self, name))
         if not is_number(self.layer_norm_eps) or not self.layer_norm_eps > 0:
             raise ValueError(f"`layer_norm_eps` must be a positive number, got {self.layer_norm_eps!r}.")
         for name in ("use_cache", "tie_word_embeddings"):

@@ -18,7 +18,14 @@ from .generation_sampling import on_cpu
 from .modeling_interface import EsoLM
 from .modeling_objective import states_at
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
-from .validation import is_integer, is_number, require_mask, require_token_ids
+from .validation import (
+    is_integer,
+    is_number,
+    require_fraction,
+    require_mask,
+    require_positive_integer,
+    require_token_ids,
+)
 
 MAX_ENUMERATED_TOKENS = 8
 """Free tokens up to which all orders are enumerated: 8! = 40,320."""
@@ -115,6 +122,7 @@ class EsoLikelihoodMixin(EsoLM):
         batch, length = input_ids.shape
         is_free = is_real & ~is_given
         log_weights = None
+        require_positive_integer("num_orders", num_orders, or_word="all")
         if orders is not None:
             if num_orders != 1:
                 raise ValueError(f"`orders` are given: leave `num_orders` unset, got {num_orders!r}.")
@@ -126,11 +134,9 @@ class EsoLikelihoodMixin(EsoLM):
             orders = orders.gather(-1, order_of_slots(group, rank))
         elif num_orders == "all":
             orders, log_weights = _all_orders(is_real, is_free, alpha_0)
-        elif is_integer(num_orders) and num_orders >= 1:
-            drawn = 1 if alpha_0 == 0 else num_orders
-            orders = sample_scoring_orders(is_real, is_given, drawn, alpha_0, _checked(generator))
         else:
-            raise ValueError(f"`num_orders` must be a positive integer or 'all', got {num_orders!r}.")
+            drawn = 1 if alpha_0 == 0 else num_orders
+            orders = sample_scoring_orders(is_real, is_given, drawn, alpha_0, _source_on_cpu(generator))
 
         pairs = orders.shape[1]
         rows = torch.arange(batch).repeat_interleave(pairs)
@@ -205,9 +211,8 @@ class EsoLikelihoodMixin(EsoLM):
         """
         is_real, is_given = self._check_text(input_ids, attention_mask, context_mask)
         alpha_0 = self._check_alpha_0(alpha_0)
-        if not is_integer(num_draws) or num_draws < 1:
-            raise ValueError(f"`num_draws` must be a positive integer, got {num_draws!r}.")
-        generator = _checked(generator)
+        require_positive_integer("num_draws", num_draws)
+        generator = _source_on_cpu(generator)
         batch, length = input_ids.shape
         # Neighbouring times go to different rows: those of a row cover [0, 1] evenly, too.
         times = sample_times(batch * num_draws, generator).view(num_draws, batch).T.flatten()
@@ -273,10 +278,8 @@ class EsoLikelihoodMixin(EsoLM):
         return is_real, is_given & is_real
 
     def _check_alpha_0(self, alpha_0: float | None) -> float:
-        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
-        if not is_number(alpha_0) or not 0 <= alpha_0 <= 1:
-            raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
-        return alpha_0
+        require_fraction("alpha_0", alpha_0, or_none=True)
+        return self.config.alpha_0 if alpha_0 is None else alpha_0
 
     def _score(
         self,
@@ -297,10 +300,8 @@ class EsoLikelihoodMixin(EsoLM):
         Returns:
             (pairs, slots), log p of the target, 0 elsewhere; and whether it is the most probable token.
         """
-        if batch_size is not None and not (is_integer(batch_size) and batch_size >= 1):
-            raise ValueError(f"`batch_size` must be None or a positive integer, got {batch_size!r}.")
-        if chunk_length is not None and not (is_integer(chunk_length) and chunk_length >= 1):
-            raise ValueError(f"`chunk_length` must be None or a positive integer, got {chunk_length!r}.")
+        require_positive_integer("batch_size", batch_size, or_none=True)
+        require_positive_integer("chunk_length", chunk_length, or_none=True)
         if not is_number(memory_budget) or not memory_budget > 0:
             raise ValueError(f"`memory_budget` must be a positive number of bytes, got {memory_budget!r}.")
         pairs, slots = input_ids.shape
@@ -450,7 +451,8 @@ def _all_orders(is_real: torch.Tensor, is_free: torch.Tensor, alpha_0: float) ->
     return orders, log_weights
 
 
-def _checked(generator: torch.Generator | None) -> torch.Generator | None:
+def _source_on_cpu(generator: torch.Generator | None) -> torch.Generator | None:
+    """The source of the orders and the noise, which are drawn on the CPU."""
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(f"`generator` must be None or a torch.Generator, got {type(generator).__name__}.")
     return on_cpu(generator)

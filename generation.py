@@ -61,8 +61,8 @@ class EsoGenerationMixin(FittedGenerationMixin):
                 `max_time`: what is not decided by then comes back as masks.
 
         Returns:
-            (batch x num_return_sequences, length) ids: the prompts' columns as given, then the new tokens. Or an
-            [`EsoGenerateOutput`] with `return_dict_in_generate`.
+            Ids, (batch x num_return_sequences, length), of the prompts' columns as given, then of the new tokens. Or
+            an [`EsoGenerateOutput`] with `return_dict_in_generate`.
 
         Raises:
             ValueError: for prompts and settings that cannot be used.

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.utils import ModelOutput
 
 from .generation_order import UNMASKING_ORDERS
-from .validation import is_integer, is_number, to_python
+from .validation import is_integer, is_number, require_fraction, require_positive_integer, to_python
 
 # Settings of transformers that presuppose decoding from left to right, or that this decoding loop has no place for,
 # with the values that switch them off.
@@ -116,20 +116,14 @@ class EsoGenerationConfig(GenerationConfig):
             super().validate(*args, **kwargs)
         finally:
             self.max_new_tokens = max_new_tokens
-        for name, low, high in (
-            ("alpha_0", 0, 1),
-            ("confidence_threshold", 0, 1),
-            ("entropy_bound", 0, float("inf")),
-        ):
-            value = getattr(self, name)
-            if value is not None and not (is_number(value) and low <= value <= high):
-                raise ValueError(f"`{name}` must be None or a number in [{low}, {high}], got {value!r}.")
-        for name in ("num_diffusion_steps", "block_length", "num_candidates"):
-            value = getattr(self, name)
-            words = (None, "max") if name == "num_diffusion_steps" else (None,)
-            if value not in words and not (is_integer(value) and value >= 1):
-                also = ", 'max'" if "max" in words else ""
-                raise ValueError(f"`{name}` must be None{also} or a positive integer, got {value!r}.")
+        require_fraction("alpha_0", self.alpha_0, or_none=True)
+        require_fraction("confidence_threshold", self.confidence_threshold, or_none=True)
+        if self.entropy_bound is not None and not (is_number(self.entropy_bound) and self.entropy_bound >= 0):
+            raise ValueError(f"`entropy_bound` must be None or a number >= 0, got {self.entropy_bound!r}.")
+        require_positive_integer("num_diffusion_steps", self.num_diffusion_steps, or_none=True, or_word="max")
+        require_positive_integer("block_length", self.block_length, or_none=True)
+        require_positive_integer("num_candidates", self.num_candidates, or_none=True)
+        require_positive_integer("draft_length", self.draft_length, or_none=True, or_word="auto")
         if self.unmasking_order not in (None, *UNMASKING_ORDERS):
             raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
         criteria = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
@@ -144,8 +138,6 @@ class EsoGenerationConfig(GenerationConfig):
         for name in ("lossless", "lockstep"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
-        if self.draft_length not in (None, "auto") and not (is_integer(self.draft_length) and self.draft_length >= 1):
-            raise ValueError(f"`draft_length` must be None, 'auto' or a positive integer, got {self.draft_length!r}.")
         if self.lossless and criteria:
             raise ValueError(
                 f"`lossless` decides by itself how many tokens of a forward it keeps: unset `{criteria[0]}` (also in "

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .configuration_eso import EsoConfig
 from .generation_order import sample_scoring_orders
 from .modeling_eso import EsoForMaskedDiffusion
-from .validation import is_integer, is_number
+from .validation import require_fraction, require_positive_integer
 
 AutoModelForCausalLM.register(EsoConfig, EsoForMaskedDiffusion, exist_ok=True)
 
@@ -49,10 +49,8 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
         **kwargs: Any,
     ):
         super().__init__(pretrained, backend=kwargs.pop("backend", "causal"), **kwargs)
-        if not is_integer(num_orders) or num_orders < 1:
-            raise ValueError(f"`num_orders` must be a positive integer, got {num_orders!r}.")
-        if alpha_0 is not None and not (is_number(alpha_0) and 0 <= alpha_0 <= 1):
-            raise ValueError(f"`alpha_0` must be None or a number in [0, 1], got {alpha_0!r}.")
+        require_positive_integer("num_orders", num_orders)
+        require_fraction("alpha_0", alpha_0, or_none=True)
         self.num_orders, self.alpha_0, self.seed = num_orders, alpha_0, seed
         settings = {
             "alpha_0": alpha_0,
@@ -88,7 +86,8 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
                 for context, continuation in rows
             ]
             width = max(len(context) + len(continuation) for context, continuation in rows)
-            input_ids, is_real, is_given = (torch.zeros(len(rows), width, dtype=torch.long) for _ in "...")
+            input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+            is_real, is_given = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
             for row, (context, continuation) in enumerate(rows):
                 length = len(context) + len(continuation)
                 input_ids[row, :length] = torch.tensor(context + continuation)

@@ -368,10 +368,10 @@ class EsoForMaskedDiffusion(
                 rows or (batch, slots kept).
 
         Returns:
-            Without labels: `logits` (batch, slots kept, vocab), -inf at the mask id, `past_key_values`, and what was
-            asked for of `hidden_states` and `attentions`. With labels: `loss` alone, in nats: the sum of weight x
-            cross entropy over `num_items_in_batch` if given, else over the number of labels that count. Logits are
-            then computed at the weighted slots only and not returned.
+            `logits` (batch, slots kept, vocab), -inf at the mask id, `past_key_values`, and what was asked for of
+            `hidden_states` and `attentions`. With labels, `loss` alone, in nats, the sum of weight x cross entropy
+            over `num_items_in_batch` if given, else over the number of labels that count; logits are then computed at
+            the weighted slots only and not returned.
 
         Raises:
             ValueError: for contradictory arguments.
@@ -439,9 +439,9 @@ class EsoForMaskedDiffusion(
 
     def run_backbone(self, **arguments: Any) -> BackboneOutput:
         """The forward of the backbone, whichever it is, with the arguments of `EsoModel.forward`."""
-        return (
-            self.model(**arguments) if self.config.backbone_config is None else run_backbone(self.model, **arguments)
-        )
+        if self.config.backbone_config is None:
+            return self.model(**arguments)
+        return run_backbone(self.model, **arguments)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From states (..., hidden) to logits (..., vocab), -inf at the mask."""

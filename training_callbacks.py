@@ -20,7 +20,7 @@ from transformers import (
 
 from .modeling_objective import IGNORED_LABEL
 from .training_collator import DataCollatorForHybridMaskedDiffusion
-from .validation import is_integer, is_number
+from .validation import is_number, require_positive_integer
 
 
 class ExponentialMovingAverageCallback(TrainerCallback):
@@ -134,9 +134,10 @@ class HeldOutEvaluationCallback(TrainerCallback):
         seed: int = 0,
         average: ExponentialMovingAverageCallback | None = None,
     ):
-        for name, value in (("every", every), ("num_draws", num_draws), ("num_samples", num_samples)):
-            if not (is_integer(value) and value >= 1) and not (name == "every" and value is None):
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if every is not None:
+            require_positive_integer("every", every)
+        require_positive_integer("num_draws", num_draws)
+        require_positive_integer("num_samples", num_samples)
         if len(dataset) == 0:
             raise ValueError("`dataset` must hold at least one text.")
         self.trainer, self.every, self.num_draws, self.seed = trainer, every, num_draws, seed

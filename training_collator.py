@@ -14,7 +14,7 @@ from .configuration_eso import DERIVED, EsoConfig
 from .generation_order import order_of_slots, text_positions
 from .modeling_objective import IGNORED_LABEL
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
-from .validation import is_integer, is_number, require_zeros_and_ones
+from .validation import is_integer, require_fraction, require_positive_integer, require_zeros_and_ones
 
 
 @dataclass
@@ -82,12 +82,8 @@ class DataCollatorForHybridMaskedDiffusion:
                 "`config` (the model's, from which `alpha_0` is taken) or `alpha_0` must be given: a model should be "
                 "trained on the mixture that it samples with."
             )
-        for name in ("alpha_0", "diffusion_fraction"):
-            value = getattr(self, name)
-            if value is None and name == "diffusion_fraction":
-                continue
-            if not is_number(value) or not 0 <= value <= 1:
-                raise ValueError(f"`{name}` must be a number in [0, 1], got {value!r}.")
+        require_fraction("alpha_0", self.alpha_0)
+        require_fraction("diffusion_fraction", self.diffusion_fraction, or_none=True)
         if self.diffusion_fraction is None:
             self.diffusion_fraction = float(self.alpha_0) if self.alpha_0 in (0, 1) else 0.5
         if self.alpha_0 in (0, 1):
@@ -105,10 +101,9 @@ class DataCollatorForHybridMaskedDiffusion:
             raise ValueError(f"`loss_type` must be 'elbo' or 'low_var', got {self.loss_type!r}.")
         if self.loss_type == "low_var" and self.alpha_0 != 1:
             raise ValueError(f"`loss_type='low_var'` is defined at alpha_0=1 only, got alpha_0={self.alpha_0}.")
-        for name, low in (("pad_to_multiple_of", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and (not is_integer(value) or value < low):
-                raise ValueError(f"`{name}` must be None or an integer >= {low}, got {value!r}.")
+        require_positive_integer("pad_to_multiple_of", self.pad_to_multiple_of, or_none=True)
+        if self.seed is not None and not (is_integer(self.seed) and self.seed >= 0):
+            raise ValueError(f"`seed` must be None or an integer >= 0, got {self.seed!r}.")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         input_ids, is_real, labels = self.stack(examples)

@@ -22,6 +22,24 @@ def to_python(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
+def require_positive_integer(name: str, value: object, or_none: bool = False, or_word: str | None = None) -> None:
+    """Raises a ValueError unless `value` is a positive integer, or None or a word where these are allowed."""
+    if (value is None and or_none) or (isinstance(value, str) and value == or_word):
+        return
+    if not is_integer(value) or value < 1:
+        others = ["None"] * or_none + [repr(or_word)] * (or_word is not None)
+        also = f"{', '.join(others)} or " if others else ""
+        raise ValueError(f"`{name}` must be {also}a positive integer, got {value!r}.")
+
+
+def require_fraction(name: str, value: object, or_none: bool = False) -> None:
+    """Raises a ValueError unless `value` is a number in [0, 1], or None where that is allowed."""
+    if value is None and or_none:
+        return
+    if not is_number(value) or not 0 <= value <= 1:
+        raise ValueError(f"`{name}` must be {'None or ' * or_none}a number in [0, 1], got {value!r}.")
+
+
 def require_exactly_one(input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
     """Raises a ValueError unless one of the two is given, and not the other; returns it."""
     given = [tensor for tensor in (input_ids, inputs_embeds) if tensor is not None]
