@@ -119,7 +119,7 @@ class EsoGenerationConfig(GenerationConfig):
         require_fraction("alpha_0", self.alpha_0, or_none=True)
         require_fraction("confidence_threshold", self.confidence_threshold, or_none=True)
         if self.entropy_bound is not None and not (is_number(self.entropy_bound) and self.entropy_bound >= 0):
-            raise ValueError(f"`entropy_bound` must be None or a number >= 0, got {self.entropy_bound!r}.")
+            raise ValueError(f"`entropy_bound` must be None or a number in [0, inf], got {self.entropy_bound!r}.")
         require_positive_integer("num_diffusion_steps", self.num_diffusion_steps, or_none=True, or_word="max")
         require_positive_integer("block_length", self.block_length, or_none=True)
         require_positive_integer("num_candidates", self.num_candidates, or_none=True)

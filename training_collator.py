@@ -83,7 +83,8 @@ class DataCollatorForHybridMaskedDiffusion:
                 "trained on the mixture that it samples with."
             )
         require_fraction("alpha_0", self.alpha_0)
-        require_fraction("diffusion_fraction", self.diffusion_fraction, or_none=True)
+        if self.diffusion_fraction is not None:
+            require_fraction("diffusion_fraction", self.diffusion_fraction)
         if self.diffusion_fraction is None:
             self.diffusion_fraction = float(self.alpha_0) if self.alpha_0 in (0, 1) else 0.5
         if self.alpha_0 in (0, 1):
