@@ -83,10 +83,9 @@ class DataCollatorForHybridMaskedDiffusion:
                 "trained on the mixture that it samples with."
             )
         require_fraction("alpha_0", self.alpha_0)
-        if self.diffusion_fraction is not None:
-            require_fraction("diffusion_fraction", self.diffusion_fraction)
         if self.diffusion_fraction is None:
             self.diffusion_fraction = float(self.alpha_0) if self.alpha_0 in (0, 1) else 0.5
+        require_fraction("diffusion_fraction", self.diffusion_fraction)
         if self.alpha_0 in (0, 1):
             if self.diffusion_fraction != self.alpha_0:
                 raise ValueError(
