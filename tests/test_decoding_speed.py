@@ -12,12 +12,12 @@ from transformers import CompileConfig
 from eso_lm import DataCollatorForHybridMaskedDiffusion
 from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
 from eso_lm.modeling_eso import EsoModulation
-from eso_lm.modeling_inference import MAX_DECODED_SLOTS, FewRowLinear, fast_products_of_few_rows
+from eso_lm.modeling_inference import MAX_FEW_ROWS, FewRowLinear, fast_products_of_few_rows
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(0, MAX_DECODED_SLOTS + 2),
+    rows=st.integers(0, MAX_FEW_ROWS + 2),
     batch=st.integers(1, 3),
     bias=st.booleans(),
     with_gradients=st.booleans(),
