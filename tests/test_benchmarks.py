@@ -104,9 +104,9 @@ def test_steps_and_rows_at_toy_size(tmp_path):
     results = json.loads((tmp_path / "context_growth.json").read_text())["results"]
     assert [row["context"] for row in results] == [8, 16]
     assert results[0]["growth_ms"] == results[0]["attention_growth_ms"] == 0
-    independent_rows.main(independent_rows.parse_args(f"{sizes} --batches 2 --length 8 --steps 2".split()))
+    independent_rows.main(independent_rows.parse_args(f"{sizes} --batches 2 --length 8 --steps 2 4".split()))
     results = json.loads((tmp_path / "independent_rows.json").read_text())["results"]
-    assert [(row["batch"], row["steps"]) for row in results] == [(2, 2), (2, "max")]
+    assert [(row["batch"], row["steps"]) for row in results] == [(2, 2), (2, 4)]
     for row in results:
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
 
