@@ -41,7 +41,9 @@ class FewRowLinear(nn.Linear):
             return super().forward(inputs)
         # The layout matters: with rows that are not contiguous the product is three times as slow. So does their
         # number: 63 take half again as long as 64.
-        flat = F.pad(inputs.reshape(rows, -1), (0, 0, 0, _number_of_rows_that_is_fast(rows) - rows)).contiguous()
+        flat = inputs.reshape(rows, -1).contiguous()
+        if (missing := _number_of_rows_that_is_fast(rows) - rows) > 0:
+            flat = F.pad(flat, (0, 0, 0, missing))
         outputs = (weight @ flat.t()).t()[:rows].contiguous()  # as any linear layer gives them
         if self.bias is not None:
             outputs = outputs + self.bias
