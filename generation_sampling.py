@@ -130,6 +130,12 @@ class TokenSampler:
             return scores.softmax(dim=-1)
         return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
 
+    def draw(self, scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """Tokens (slots,), `counts[r]` for row r, from scores (slots, vocab): drawn, or the most probable ones."""
+        if self.is_greedy:
+            return scores.argmax(dim=-1)
+        return draw_tokens(scores, self.uniform(counts, scores.device))
+
     def uniform(self, counts: list[int], device: torch.device) -> torch.Tensor:
         """`counts[r]` uniform numbers for row r."""
         return draw_uniform(counts, self.generator, device)

@@ -12,7 +12,6 @@ from .generation_order import order_of_slots, plan_generation
 from .generation_sampling import (
     Generators,
     TokenSampler,
-    draw_tokens,
     is_drawable,
     on_cpu,
     require_drawable,
@@ -187,10 +186,7 @@ class ParallelUnmasking(DecodingStrategy):
         widths = self.widths
         rows, columns = self.schedule.columns(widths)
         scores = self.sampler.process(logits, self.canvas, rows, columns)
-        if self.sampler.is_greedy:
-            drawn = scores.argmax(dim=-1)
-        else:
-            drawn = draw_tokens(scores, self.sampler.uniform(widths, logits.device))
+        drawn = self.sampler.draw(scores, widths)
         is_kept = select_tokens(logits, widths, self.confidence_threshold, self.entropy_bound)
         log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
         # All that the host needs to know of this forward, in one transfer.
