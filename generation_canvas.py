@@ -1,4 +1,4 @@
-"""The text while it is being generated, kept on the host: what is known, where it ends, what may be shown.
+"""The text while it is being generated, kept on the host: what is known, where it ends, what of it a cache holds.
 
 The device runs the model and draws; the tokens that it has drawn come over once a forward, and everything that depends
 on which text is known (end of text, stopping criteria, streamers, the context of logits processors) is decided here.

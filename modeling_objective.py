@@ -228,12 +228,12 @@ def _idle_forwards(model: EsoLM, num_diffusion: int, num_sequential: int, device
     Where weights are sharded, every call of the backbone gathers them from all processes, so that these have to make
     the same calls, whatever phases their own rows are in.
     """
-    idle: torch.Tensor | int = 0
     if not _is_sharded(model):
-        return idle
+        return 0
     has_phase = torch.tensor([num_diffusion, num_sequential], device=device).clamp(max=1)
     is_anywhere = has_phase.clone()
     torch.distributed.all_reduce(is_anywhere, op=torch.distributed.ReduceOp.MAX)
+    idle: torch.Tensor | int = 0
     for _ in range(int((is_anywhere - has_phase).sum())):
         mask = torch.full((1, 1), model.config.mask_token_id, device=device)
         idle = idle + 0 * model.run_backbone(input_ids=mask).last_hidden_state.sum()

@@ -256,9 +256,12 @@ def rooms() -> Drawing:
     return drawing
 
 
+DRAWINGS = (phases, order, two_streams, cache, rooms)
+
+
 def main() -> None:
     IMAGES.mkdir(exist_ok=True)
-    for drawing in (phases(), order(), two_streams(), cache(), rooms()):
+    for drawing in (draw() for draw in DRAWINGS):
         (IMAGES / f"{drawing.name}.svg").write_text(drawing.svg(), encoding="utf-8")
         print(f"Wrote docs/images/{drawing.name}.svg")
 
