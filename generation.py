@@ -9,7 +9,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from .generation_cache import PreallocatedCache
 from .generation_canvas import Canvas, note_text, take_over_cache
 from .generation_configuration import (
-    DEFAULT_NUM_CANDIDATES,
     EsoGenerateOutput,
     EsoGenerationConfig,
     require_count,
@@ -20,9 +19,10 @@ from .generation_decoding import Decoder, DecodingStrategy
 from .generation_logits_process import for_slots
 from .generation_lossless import LosslessUnmasking
 from .generation_observers import Observers, ScoreRecorder, StopWatcher, TextFeed
+from .generation_plan import plan_rows
 from .generation_sampling import Generators, TokenSampler, require_generators
 from .generation_transformers import FittedGenerationMixin, no_advice_on_padding, require_no_prompt_learning
-from .generation_unmasking import ParallelUnmasking, UnmaskingSchedule, plan_rows
+from .generation_unmasking import ParallelUnmasking
 from .validation import require_attention_mask, require_shape, require_token_ids, to_python
 
 
@@ -152,7 +152,8 @@ class EsoGenerationMixin(FittedGenerationMixin):
             num_function_evaluations=num_forwards,
             unmasking_steps=canvas.unmasking_steps.masked_fill(is_void, 0).to(self.device),
             log_probs=canvas.log_probs.masked_fill(is_void, 0).to(self.device),
-            orders=strategy.order.to(self.device),
+            orders=strategy.plan.order.to(self.device),
+            groups=strategy.plan.groups.to(self.device),
             past_key_values=note_text(past_key_values, canvas, strategy.order, strategy.cached),
             **recorder.outputs(is_void),
             **{name: torch.tensor(counts, device=self.device) for name, counts in strategy.statistics().items()},
@@ -207,27 +208,10 @@ def _make_strategy(
     generation_config: EsoGenerationConfig, canvas: Canvas, sampler: TokenSampler, alpha_0: float, use_cache: bool
 ) -> DecodingStrategy:
     """How `generate` decides tokens: in parallel as planned, or adaptively, or without loss."""
-    plan: dict[str, Any] = {
-        "alpha_0": alpha_0,
-        "num_steps": generation_config.num_diffusion_steps,
-        "unmasking_order": generation_config.unmasking_order,
-        "block_length": generation_config.block_length,
-    }
+    plan = plan_rows(canvas, sampler.generator, alpha_0, generation_config)
     if generation_config.lossless:
-        order, _ = plan_rows(canvas, sampler.generator, in_lockstep=False, **plan)
-        return LosslessUnmasking(canvas, order, sampler, use_cache, generation_config.draft_length or "auto")
-    num_candidates = None
-    if generation_config.is_adaptive:
-        num_candidates = generation_config.num_candidates or DEFAULT_NUM_CANDIDATES
-    schedule = UnmaskingSchedule(canvas, sampler.generator, bool(generation_config.lockstep), num_candidates, **plan)
-    return ParallelUnmasking(
-        canvas,
-        schedule,
-        sampler,
-        use_cache,
-        generation_config.confidence_threshold,
-        generation_config.entropy_bound,
-    )
+        return LosslessUnmasking(canvas, plan, sampler, use_cache, generation_config.draft_length or "auto")
+    return ParallelUnmasking(canvas, plan, sampler, use_cache, generation_config)
 
 
 __all__ = ["EsoGenerationMixin"]

@@ -179,11 +179,13 @@ class EsoGenerateOutput(ModelOutput):
             the first end of text.
         num_function_evaluations: NFE, the number of forwards of the model.
         unmasking_steps: (batch, length); 0 = given (or padding), i = revealed by forward i.
-        orders: (batch, length), the generation order: the column of the token at each slot, those given first. With it
-            `log_likelihood(sequences, orders=orders[:, None], ...)` scores a text again that was written one token a
-            forward, or with `lossless`. (Not one that has ended early in another order than left to right: what was
-            decided behind its end, and seen by the rest, is padding now. Nor are the forwards of adaptive unmasking
-            told by the order alone: candidates that were not kept stood in them too.)
+        orders: (batch, length), the plan's order: the column of the token at each slot, those given first.
+        groups: (batch, length), the plan's groups: the number of the group of each slot of `orders`, from 1; 0 where
+            given (or padding). A group is what a forward reveals; with `lossless`, what one draw does, a token; with
+            adaptive unmasking, the pool from which forwards choose, of which `orders` is the order at the beginning.
+            `log_likelihood(sequences, orders=orders[:, None], groups=groups[:, None], ...)` scores the text again,
+            with the settings of adaptive unmasking if there are any. (Not a text that has ended early in another order
+            than left to right: what was decided behind its end, and seen by the rest, is padding now.)
         log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
             distribution before any filter; 0 where given (or padding).
         scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
@@ -203,6 +205,7 @@ class EsoGenerateOutput(ModelOutput):
     num_function_evaluations: int | None = None
     unmasking_steps: torch.Tensor | None = None
     orders: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     logits: torch.Tensor | None = None

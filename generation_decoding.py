@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import BlockMask
 
 from .generation_cache import PreallocatedCache, SlotPlaces
+from .generation_plan import GenerationPlan
 from .modeling_attention import PackedRows, make_attention_mask
 from .modeling_interface import EsoLM
 
@@ -64,6 +65,9 @@ class DecodingStrategy(ABC):
 
     in_lockstep = False
     """Whether all rows stand at the same place in every step."""
+
+    plan: GenerationPlan
+    """What each row began with."""
 
     order: torch.Tensor
     """(batch, length), the column of the token at each slot; those of decided slots change no more."""

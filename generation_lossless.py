@@ -11,6 +11,7 @@ import torch
 
 from .generation_canvas import Canvas
 from .generation_decoding import Decisions, DecodingStrategy, Feed
+from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
 
 DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
@@ -85,7 +86,7 @@ class LosslessUnmasking(DecodingStrategy):
 
     Args:
         canvas: The text to fill in.
-        order: (batch, length), the column of the token at each slot.
+        plan: The order of each row; a group is a token.
         sampler: How tokens are chosen, in drafting and in judging alike.
         use_cache: Whether what is decided is cached.
         draft_length: Tokens of a draft, or "auto".
@@ -94,12 +95,13 @@ class LosslessUnmasking(DecodingStrategy):
     def __init__(
         self,
         canvas: Canvas,
-        order: torch.Tensor,
+        plan: GenerationPlan,
         sampler: TokenSampler,
         use_cache: bool,
         draft_length: int | str,
     ):
-        self.canvas, self.order, self.sampler, self.use_cache = canvas, order, sampler, use_cache
+        self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
+        self.order = plan.order
         self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)

@@ -1,70 +1,14 @@
 """The paper's decoding: every forward reveals several tokens of a row, drawn in parallel from their own slots."""
 
 from bisect import bisect_right
-from itertools import accumulate
-from typing import Any
 
 import torch
 
 from .generation_canvas import Canvas
+from .generation_configuration import DEFAULT_NUM_CANDIDATES, EsoGenerationConfig
 from .generation_decoding import Decisions, DecodingStrategy, Feed
-from .generation_order import order_of_slots, plan_generation
-from .generation_sampling import (
-    Generators,
-    TokenSampler,
-    is_drawable,
-    on_cpu,
-    require_drawable,
-    select_tokens,
-)
-
-
-def plan_rows(
-    canvas: Canvas, generator: Generators, in_lockstep: bool, **plan: Any
-) -> tuple[torch.Tensor, list[list[int]]]:
-    """Plans in which order, and in which groups, the open columns of every row are filled in.
-
-    Args:
-        canvas: The text. In generation order stand its given tokens (those that are cached first), then the open ones,
-            then padding.
-        generator: Source of randomness; None: torch's global one; a list: one for each row.
-        in_lockstep: Whether rows share the numbers of tokens of their groups; otherwise each has a plan of its own.
-        plan: The arguments of `plan_generation`.
-
-    Returns:
-        The order, (batch, length), the column of the token at each slot; and of each row the slots at which its groups
-        end, ascending.
-
-    Raises:
-        ValueError: for rows that cannot advance in lockstep.
-    """
-    columns = torch.arange(canvas.length, dtype=torch.float64).expand(canvas.batch, -1)
-    group = torch.where(canvas.is_open, 2, torch.where(canvas.is_real, 1, 3))
-    rank = columns.clone()
-    for row, cached in enumerate(canvas.cached_columns):
-        group[row, cached] = 0
-        rank[row, cached] = torch.arange(len(cached), dtype=torch.float64)
-    order_of_rows = order_of_slots(group, rank)
-    num_cached, num_open = [len(cached) for cached in canvas.cached_columns], canvas.num_open
-    if in_lockstep:
-        if isinstance(generator, list) or len(set(zip(num_cached, canvas.num_given, num_open, strict=True))) > 1:
-            raise ValueError(
-                "`lockstep=True` is for rows that are alike: with as many given tokens and holes, and without a "
-                "generator for each. Leave it unset."
-            )
-        orders, counts = plan_generation(canvas.batch, num_open[0], generator=on_cpu(generator), **plan)
-        plans = [(order, counts) for order in orders]
-    else:
-        generators = generator if isinstance(generator, list) else [on_cpu(generator)] * canvas.batch
-        rows = zip(num_open, generators, strict=True)
-        planned = (plan_generation(1, count, generator=on_cpu(source), **plan) for count, source in rows)
-        plans = [(orders[0], counts) for orders, counts in planned]
-    group_ends = []
-    for row, (order, counts) in enumerate(plans):
-        start, stop = canvas.num_given[row], canvas.num_given[row] + num_open[row]
-        order_of_rows[row, start:stop] = order_of_rows[row, start:stop][order]
-        group_ends.append(list(accumulate(counts, initial=start))[1:])
-    return order_of_rows, group_ends
+from .generation_plan import GenerationPlan
+from .generation_sampling import TokenSampler, is_drawable, require_drawable, select_tokens
 
 
 class UnmaskingSchedule:
@@ -72,31 +16,14 @@ class UnmaskingSchedule:
 
     Args:
         canvas: The text to fill in.
-        generator, in_lockstep: As for `plan_rows`.
-        num_candidates: Masks a forward of adaptive unmasking; None: not adaptive, a forward a group of the plan.
-        unmasking_order, plan: The arguments of `plan_generation`.
+        plan: The orders to begin with, and the groups: a forward each, or the pools of adaptive unmasking.
+        num_candidates: Masks a forward of adaptive unmasking; None: not adaptive.
+        requeues: Whether candidates that were not kept wait until the others of their group have been tried.
     """
 
-    def __init__(
-        self,
-        canvas: Canvas,
-        generator: Generators,
-        in_lockstep: bool,
-        num_candidates: int | None,
-        unmasking_order: str,
-        **plan: Any,
-    ):
-        self.num_candidates = num_candidates
-        # What is tried in vain waits until the others of its group have been tried, unless text is to grow in order.
-        self.requeues = unmasking_order != "left_to_right"
-        self.order, self.group_ends = plan_rows(
-            canvas,
-            generator,
-            in_lockstep,
-            is_adaptive=num_candidates is not None,
-            unmasking_order=unmasking_order,
-            **plan,
-        )
+    def __init__(self, canvas: Canvas, plan: GenerationPlan, num_candidates: int | None = None, requeues: bool = True):
+        self.num_candidates, self.requeues = num_candidates, requeues
+        self.order, self.group_ends = plan.order.clone(), plan.group_ends
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)
         self.cached = [len(columns) for columns in canvas.cached_columns]
@@ -149,21 +76,34 @@ class ParallelUnmasking(DecodingStrategy):
     """Each forward takes the tokens decided by the one before and then masks, whose tokens are drawn in parallel.
 
     Source: arXiv 2506.01928, section 4; adaptive unmasking: [`EsoGenerationConfig`].
+
+    Args:
+        canvas: The text to fill in.
+        plan: The order of each row, and its groups.
+        sampler: How tokens are chosen.
+        use_cache: Whether what is decided is cached.
+        settings: Those of adaptive unmasking.
     """
 
     def __init__(
         self,
         canvas: Canvas,
-        schedule: UnmaskingSchedule,
+        plan: GenerationPlan,
         sampler: TokenSampler,
         use_cache: bool,
-        confidence_threshold: float | None,
-        entropy_bound: float | None,
+        settings: EsoGenerationConfig,
     ):
-        self.canvas, self.schedule, self.sampler, self.use_cache = canvas, schedule, sampler, use_cache
-        self.confidence_threshold, self.entropy_bound = confidence_threshold, entropy_bound
-        self.in_lockstep = schedule.in_lockstep
-        self.order, self.cached = schedule.order, schedule.cached
+        self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
+        self.settings = settings
+        self.schedule = UnmaskingSchedule(
+            canvas,
+            plan,
+            (settings.num_candidates or DEFAULT_NUM_CANDIDATES) if settings.is_adaptive else None,
+            # Text that is to grow in order is tried again at once.
+            requeues=settings.unmasking_order != "left_to_right",
+        )
+        self.in_lockstep = self.schedule.in_lockstep
+        self.order, self.cached = self.schedule.order, self.schedule.cached
         self.widths: list[int] = []
 
     def next_feed(self) -> Feed:
@@ -182,12 +122,16 @@ class ParallelUnmasking(DecodingStrategy):
             kept=[range(fed - width, fed) for fed, width in zip(num_fed, self.widths, strict=True)],
         )
 
+    def choose(self, scores: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
+        """Tokens (slots,) from the scores (slots, vocab) of the masks that were fed, at (rows, columns)."""
+        return self.sampler.draw(scores, self.widths)
+
     def decide(self, logits: torch.Tensor, step: int) -> Decisions:
         widths = self.widths
         rows, columns = self.schedule.columns(widths)
         scores = self.sampler.process(logits, self.canvas, rows, columns)
-        drawn = self.sampler.draw(scores, widths)
-        is_kept = select_tokens(logits, widths, self.confidence_threshold, self.entropy_bound)
+        drawn = self.choose(scores, rows, columns)
+        is_kept = select_tokens(logits, widths, self.settings.confidence_threshold, self.settings.entropy_bound)
         log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
         # All that the host needs to know of this forward, in one transfer.
         tokens, values, can_be_drawn, keeps = torch.stack(
