@@ -3,7 +3,7 @@
 from typing import Any, cast
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache, DynamicCache
 
 from .generation_cache import PreallocatedCache
@@ -21,7 +21,12 @@ from .generation_lossless import LosslessUnmasking
 from .generation_observers import Observers, ScoreRecorder, StopWatcher, TextFeed
 from .generation_plan import plan_rows
 from .generation_sampling import Generators, TokenSampler, require_generators
-from .generation_transformers import FittedGenerationMixin, no_advice_on_padding, require_no_prompt_learning
+from .generation_transformers import (
+    FittedGenerationMixin,
+    no_advice_on_padding,
+    require_no_prompt_learning,
+    require_sampling,
+)
 from .generation_unmasking import ParallelUnmasking
 from .validation import require_attention_mask, require_shape, require_token_ids, to_python
 
@@ -119,8 +124,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         if cache_to_go_on_from is not None and cache_to_go_on_from.get_seq_length() > 0:
             take_over_cache(cache_to_go_on_from, cast(PreallocatedCache, past_key_values), canvas)
         watcher = StopWatcher(stopping_criteria, canvas, self.device)
-        processors = for_slots(logits_processor, self.config.vocab_size)
-        sampler = TokenSampler(processors, not generation_config.do_sample, generator, self.config.mask_token_id)
+        sampler = self._make_sampler(generation_config, logits_processor, generator)
         strategy = _make_strategy(generation_config, canvas, sampler, alpha_0, use_cache=past_key_values is not None)
         decoder = self._make_decoder(generation_config, past_key_values, strategy, canvas)
         recorded = [name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")]
@@ -158,6 +162,46 @@ class EsoGenerationMixin(FittedGenerationMixin):
             **recorder.outputs(is_void),
             **{name: torch.tensor(counts, device=self.device) for name, counts in strategy.statistics().items()},
         )
+
+    def sampler_for(
+        self,
+        canvas: Canvas,
+        generation_config: GenerationConfig | None,
+        logits_processor: list[LogitsProcessor] | None,
+        **settings: Any,
+    ) -> tuple[EsoGenerationConfig, float, TokenSampler]:
+        """With what `generate` would fill in a canvas, if it were given these settings: `log_likelihood` asks.
+
+        Returns:
+            All settings, with those that the model's own generation config adds; alpha_0; and how tokens are chosen.
+
+        Raises:
+            ValueError: for settings that `generate` would refuse, or that are none.
+        """
+        settings = {name: to_python(value) for name, value in settings.items()}
+        prepared, others = self._prepare_generation_config(generation_config, **settings)
+        if others:
+            raise ValueError(f"{sorted(others)} are not settings of `generate` that text can be scored with.")
+        require_sampling(prepared.get_generation_mode())
+        prepared.max_length, prepared.max_new_tokens = canvas.length, None
+        self._prepare_special_tokens(prepared, device=self.device)
+        alpha_0 = prepared.alpha_0 if prepared.alpha_0 is not None else self.config.alpha_0
+        self._check_settings(prepared, alpha_0, canvas)
+        processors = self._get_logits_processor(
+            prepared,
+            # What no row has to fill in, at the left, is the prompt.
+            input_ids_seq_length=int((canvas.is_open.any(dim=0).long().cumsum(dim=0) == 0).sum()),
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            device=self.device,  # type: ignore[arg-type]  # any device will do
+            model_kwargs={},
+        )
+        return prepared, alpha_0, self._make_sampler(prepared, processors, None)
+
+    def _make_sampler(
+        self, generation_config: EsoGenerationConfig, logits_processor: LogitsProcessorList, generator: Generators
+    ) -> TokenSampler:
+        processors = for_slots(logits_processor, self.config.vocab_size)
+        return TokenSampler(processors, not generation_config.do_sample, generator, self.config.mask_token_id)
 
     def _check_settings(self, generation_config: EsoGenerationConfig, alpha_0: float, canvas: Canvas) -> None:
         self.config.validate_architecture()

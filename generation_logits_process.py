@@ -9,6 +9,7 @@ import itertools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -193,20 +194,23 @@ def _for_slots(processor: LogitsProcessor, vocab_size: int) -> LogitsProcessor |
 def process_logits(
     processors: list[LogitsProcessor | SlotProcessor],
     logits: torch.Tensor,
-    canvas: Canvas,
+    canvas: Canvas | None,
     rows: list[int],
     columns: list[int],
 ) -> torch.Tensor:
-    """Applies the processors to logits (slots, vocab) of the slots at (rows, columns) of the canvas."""
+    """Applies the processors to logits (slots, vocab) of the slots at (rows, columns) of the canvas.
+
+    Those of `TEXT_FREE_PROCESSORS` need no canvas.
+    """
     scores = logits
     contexts = None
     for processor in processors:
         if isinstance(processor, SlotProcessor):
-            scores = processor(canvas, rows, columns, scores)
+            scores = processor(cast(Canvas, canvas), rows, columns, scores)
         elif type(processor) in TEXT_FREE_PROCESSORS:
             scores = processor(None, scores)
         else:
-            contexts = contexts or _contexts(canvas, rows, scores.device)
+            contexts = contexts or _contexts(cast(Canvas, canvas), rows, scores.device)
             processed = torch.empty_like(scores)
             for slots, text in contexts:
                 processed[slots] = processor(text, scores[slots])

@@ -44,7 +44,7 @@ class GenerationPlan:
     @property
     def num_groups(self) -> torch.Tensor:
         """(rows,), the forwards that each row takes, unless they choose for themselves which tokens they keep."""
-        return self.groups.amax(dim=-1)
+        return (self.groups > 0).logical_and(self.group_starts == torch.arange(self.groups.shape[1])).sum(dim=-1)
 
     def __getitem__(self, rows: slice) -> "GenerationPlan":
         return GenerationPlan(self.order[rows], self.groups[rows])

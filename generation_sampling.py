@@ -116,8 +116,13 @@ class TokenSampler:
         self.generator, self.mask_token_id = generator, mask_token_id
         self.looks_at_text = not all(type(processor) in TEXT_FREE_PROCESSORS for processor in processors)
 
-    def process(self, logits: torch.Tensor, canvas: Canvas, rows: list[int], columns: list[int]) -> torch.Tensor:
-        """The scores (slots, vocab) to choose from, at (rows, columns) of the canvas; the logits stay as they are."""
+    def process(
+        self, logits: torch.Tensor, canvas: Canvas | None, rows: list[int], columns: list[int]
+    ) -> torch.Tensor:
+        """The scores (slots, vocab) to choose from, at (rows, columns) of the canvas; the logits stay as they are.
+
+        No canvas is needed where no processor `looks_at_text`.
+        """
         if not self.processors:
             return logits
         scores = process_logits(self.processors, logits.clone(), canvas, rows, columns)  # they may work in place
@@ -135,6 +140,12 @@ class TokenSampler:
         if self.is_greedy:
             return scores.argmax(dim=-1)
         return draw_tokens(scores, self.uniform(counts, scores.device))
+
+    def log_probs(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(slots,), the log-probability, in nats, with which each of `tokens` (slots,) is taken; -inf: never."""
+        if self.is_greedy:
+            return torch.where(scores.argmax(dim=-1) == tokens, 0, -torch.inf).to(scores.dtype)
+        return -F.cross_entropy(scores, tokens, reduction="none")
 
     def uniform(self, counts: list[int], device: torch.device) -> torch.Tensor:
         """`counts[r]` uniform numbers for row r."""

@@ -45,12 +45,12 @@ class FittedGenerationMixin(GenerationMixin, EsoLM):
 
     def _get_deprecated_gen_repo(self, generation_mode, *args, **kwargs):
         """Modes that transformers has moved out would be loaded from the Hub before they are validated."""
-        _require_sampling(generation_mode)
+        require_sampling(generation_mode)
         return super()._get_deprecated_gen_repo(generation_mode, *args, **kwargs)
 
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         """Beams, assistants and the like presuppose left to right."""
-        _require_sampling(generation_mode)
+        require_sampling(generation_mode)
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
@@ -138,7 +138,8 @@ class FittedGenerationMixin(GenerationMixin, EsoLM):
         raise _no_continuous_batching("continuous_batching_context_manager")
 
 
-def _require_sampling(generation_mode: GenerationMode) -> None:
+def require_sampling(generation_mode: GenerationMode) -> None:
+    """Raises a ValueError for the modes of transformers that presuppose left to right."""
     if generation_mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(
             f"`generate` got arguments for {generation_mode.value.replace('_', ' ')}, which has no meaning for an "

@@ -122,12 +122,15 @@ def states_at(
     attention_mask: torch.Tensor | None,
     labels: torch.Tensor,
     sequential_rows: torch.Tensor | None,
+    group_starts: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states that predict the slots `is_wanted`, (batch, slots), each row in its own phase.
 
     Args:
         model, kwargs: As for `hybrid_loss`.
+        group_starts: (batch, slots), for rows of the sequential phase: the first slot of the group of each one, which
+            are drawn together; all of a group are wanted, or none. None: each slot is a group.
         Others as for `forward` of the model, in generation order.
 
     Returns:
@@ -162,6 +165,7 @@ def states_at(
                 _take_rows(position_ids, sequential),
                 _take_rows(attention_mask, sequential),
                 is_wanted[sequential],
+                _take_rows(group_starts, sequential),
                 **kwargs,
             )
         )
@@ -178,48 +182,64 @@ def _query_states(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     is_queried: torch.Tensor,
+    group_starts: torch.Tensor | None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Hidden states of the queries of the sequential phase's two streams.
+    """Hidden states of the queries of two streams.
 
-    Content: the clean tokens in generation order, causal among itself. Query: one mask for each queried slot s, which
-    attends to the content slots < s and to itself. `horizon` is the number of content slots that a slot sees beside
-    itself.
+    Content: the clean tokens in generation order, causal among itself. Query: one mask for each queried slot, which
+    attends to the content before its group, and to the queries of its group up to itself. A group is what a forward of
+    `generate` would reveal. Groups of one are those of the sequential phase, and of the exact likelihood; all masks in
+    one group are a row of the diffusion phase.
 
     Returns:
         (queried slots of all rows, hidden), row by row, slots ascending.
     """
     batch, slots = input_ids.shape
     device = input_ids.device
+    every_slot = torch.arange(slots, device=device).expand(batch, slots)
     if position_ids is None:
-        position_ids = torch.arange(slots, device=device).expand(batch, slots)
-    content = torch.where(labels == IGNORED_LABEL, input_ids, labels)
+        position_ids = every_slot
+    if group_starts is None:
+        group_starts = every_slot
     num_queries = is_queried.sum(dim=-1)
-    width = int(num_queries.max())
+    # No query sees what stands behind the first slot of the last group.
+    sizes = torch.stack([num_queries.max(), group_starts.masked_fill(~is_queried, 0).max()])
+    width, num_content = sizes.tolist()
+    if width == 0:
+        num_content = slots  # a loss of zero has gradients, too
+    content = torch.where(labels == IGNORED_LABEL, input_ids, labels)[:, :num_content]
     # Rows with fewer queries fill up with queries of other slots, whose states are dropped at the end.
     query_slots = (~is_queried).long().argsort(dim=-1, stable=True)[:, :width]
     is_query = torch.arange(width, device=device) < num_queries[:, None]
+    starts = group_starts.gather(1, query_slots)
 
-    horizon = torch.cat([torch.arange(slots, device=device).expand(batch, slots), query_slots], dim=-1)
-    is_visible = torch.ones(batch, slots + width, dtype=torch.bool, device=device)
+    # Each slot sees the content slots below its horizon, and the queries from the first of its group to itself.
+    own = torch.arange(num_content + width, device=device).expand(batch, -1)
+    horizon = torch.cat([own[:, :num_content], starts.clamp(max=num_content)], dim=-1)
+    query_of_slot = num_content + is_queried.long().cumsum(dim=-1) - 1
+    first_query = torch.where(is_query, query_of_slot.gather(1, starts), own[:, num_content:])
+    first = torch.cat([own[:, :num_content], first_query], dim=-1)
+    is_visible = torch.ones_like(own, dtype=torch.bool)
     if attention_mask is not None:
-        is_visible[:, :slots] = attention_mask.bool()
+        is_visible[:, :num_content] = attention_mask[:, :num_content].bool()
 
     def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         is_past = (key < horizon[row, query]) & is_visible[row, key]
-        return is_past | (key == query)
+        return is_past | ((first[row, query] <= key) & (key <= query))
 
+    num_slots = num_content + width
     two_stream_mask = make_attention_mask(
-        model.model.config, sees, batch, slots + width, slots + width, model.model.dtype, device
+        model.model.config, sees, batch, num_slots, num_slots, model.model.dtype, device
     )
     masks = torch.full_like(query_slots, model.config.mask_token_id)
     outputs = model.run_backbone(
         input_ids=torch.cat([content, masks], dim=-1),
-        position_ids=torch.cat([position_ids, position_ids.gather(1, query_slots)], dim=-1),
+        position_ids=torch.cat([position_ids[:, :num_content], position_ids.gather(1, query_slots)], dim=-1),
         attention_mask=two_stream_mask,
         **kwargs,
     )
-    return outputs.last_hidden_state[:, slots:][is_query]
+    return outputs.last_hidden_state[:, num_content:][is_query]
 
 
 def _idle_forwards(model: EsoLM, num_diffusion: int, num_sequential: int, device: torch.device) -> torch.Tensor | int:

@@ -237,7 +237,7 @@ def test_stratified_times_make_the_standard_error_conservative():
         ({"orders": [[0, 1, 2]]}, "`orders` must be a tensor of integers, got list"),
         ({"orders": torch.tensor([[0.0, 1, 2]])}, "`orders` must be a tensor of integers, got torch.float32"),
         ({"memory_budget": 0}, "`memory_budget` must be a positive number of bytes, got 0"),
-        ({"generator": [1]}, "`generator` must be None or a torch.Generator, got list"),
+        ({"generator": [1]}, r"`generator` must be a torch.Generator, or a list of them, got \[1\]"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, message):
