@@ -142,7 +142,7 @@ class Decoder:
             feed.input_ids[rows, own][None],
             feed.position_ids[rows, own][None],
             self._wide_mask(feed, padded, starts[:, None], max(num_keys)),
-            torch.tensor(kept)[None],
+            torch.tensor(kept, dtype=torch.long)[None],
             packed_rows=PackedRows(feed.num_fed, num_keys, row_index, slot_index),
         )
         return logits[0].float()

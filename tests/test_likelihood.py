@@ -15,7 +15,7 @@ MASK = 23
 
 def tiny_language(**overrides):
     """A model of 3 tokens and a mask, and all texts of 3 tokens."""
-    model = randomized_model(vocab_size=4, **overrides)
+    model = randomized_model(vocab_size=4, **{"scale": 0.15} | overrides)
     texts = torch.tensor(list(itertools.product(range(3), repeat=3)))
     return model, texts
 
