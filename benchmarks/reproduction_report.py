@@ -237,7 +237,7 @@ def budgets_report(results: dict) -> str:
     def cell(value: float, best_of_all: float) -> str:
         if value == math.inf:
             return ""
-        return f"**{value:.2f}**" if value == best_of_all else f"{value:.2f}"
+        return f"**{value:.2f}**" if round(value, 2) == round(best_of_all, 2) else f"{value:.2f}"
 
     lines = [
         what_was_run(settings),
@@ -268,7 +268,7 @@ def budgets_report(results: dict) -> str:
 
 
 def plot_budgets(results: dict, path: Path) -> None:
-    """Exact nats per token against forwards: a line for each system and way, through its best settings."""
+    """Exact nats per token against forwards: a line for each system, way, and α_0 at sampling."""
     figure = Figure(figsize=(8.4, 4.8))
     panel = figure.subplots()
     points, names = results["points"], systems()
@@ -276,9 +276,10 @@ def plot_budgets(results: dict, path: Path) -> None:
     frontier = [(point["nfe"], point["nats"]["mean"]) for point in by_budget(points)]
     panel.step(*zip(*frontier, strict=True), where="post", zorder=0, **pale)
     for (name, way), some in by_system_and_way(points).items():
-        mine = by_budget(some)
-        forwards, nats = [point["nfe"] for point in mine], [point["nats"]["mean"] for point in mine]
-        panel.plot(forwards, nats, color=COLORS[name], **DOTS[name] | WAYS.get(way, {}))
+        for alpha_0 in dict.fromkeys(point["setting"].get("alpha_0") for point in some):
+            mine = [point for point in some if point["setting"].get("alpha_0") == alpha_0]
+            curve = sorted((point["nfe"], point["nats"]["mean"]) for point in mine)
+            panel.plot(*zip(*curve, strict=True), color=COLORS[name], **DOTS[name] | WAYS.get(way, {}))
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel(f"forwards for {results['settings']['length']} tokens")
