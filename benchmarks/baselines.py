@@ -1,10 +1,11 @@
 """The systems that the paper compares Eso-LMs with, on the layers of an Eso-LM: a forward and a decoding loop each.
 
 All run the same layers at the same sizes, each with the attention that defines it. Trained or not, they cost the same;
-`speed.py` measures that.
+`speed.py` measures that. The loop that draws a text also scores a given one: a plan says which places each forward
+decides, and their tokens are independent given what it sees, so that log p(x | plan) is the sum over its forwards.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,9 +15,12 @@ from eso_lm.generation_cache import PreallocatedCache
 from eso_lm.generation_sampling import draw_tokens, draw_uniform
 from eso_lm.noise_schedule import sample_unmasking_counts
 
+Chooser = Callable[[torch.Tensor, torch.LongTensor], torch.LongTensor]
+"""The tokens of a forward, (batch, count): of their logits, (batch, count, vocab), and their places in the text."""
 
-def draw(logits: torch.Tensor) -> torch.LongTensor:
-    """Draws a token from logits (..., vocab), as `generate` does."""
+
+def draw(logits: torch.Tensor, places: torch.LongTensor | None = None) -> torch.LongTensor:
+    """Draws a token from logits (..., vocab), as `generate` does; it makes no difference where it stands."""
     flat = logits.float().flatten(0, -2)
     uniform = draw_uniform([len(flat)], None, flat.device)
     return draw_tokens(flat, uniform).view(logits.shape[:-1])
@@ -27,7 +31,42 @@ def text_positions(input_ids: torch.LongTensor, first: int = 0) -> torch.LongTen
     return torch.arange(first, first + input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
 
 
-class AutoregressiveSampler:
+class TextScorer:
+    """Chooses the tokens of a text, (batch, length), and adds up what log-probability they have, in nats, (batch,)."""
+
+    def __init__(self, text: torch.LongTensor):
+        self.text = text
+        self.log_likelihood = torch.zeros(len(text), dtype=torch.float64, device=text.device)
+
+    def __call__(self, logits: torch.Tensor, places: torch.LongTensor) -> torch.LongTensor:
+        tokens = self.text.gather(1, places)
+        log_probs = logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None])
+        self.log_likelihood += log_probs.double().sum(dim=(1, 2))
+        return tokens
+
+
+class Sampler:
+    """A decoding loop, which draws or scores.
+
+    Its `steps(batch, length, *plan, choose=draw)` yields the tokens after each forward, (batch, length); the arguments
+    `plan` say how the places are shared out over the forwards.
+    """
+
+    steps: Callable[..., Iterator[torch.LongTensor]]
+
+    def log_likelihood(self, text: torch.LongTensor, *plan: int) -> tuple[torch.Tensor, int]:
+        """Scores clean texts, (batch, length), under a plan that is drawn as for samples, from the global generator.
+
+        Returns:
+            log p(x | plan), (batch,), in nats, exact; and the forwards, as many as a sample with this plan takes. Rows
+            share the number of places of each forward, as those of a sample do; each has places of its own.
+        """
+        scorer = TextScorer(text)
+        forwards = sum(1 for _ in self.steps(*text.shape, *plan, choose=scorer))
+        return scorer.log_likelihood, forwards
+
+
+class AutoregressiveSampler(Sampler):
     """Left to right with a KV cache: the output at slot s predicts token s + 1, one slot a step."""
 
     def __init__(self, model: EsoForMaskedDiffusion, start_token_id: int = 0):
@@ -39,16 +78,19 @@ class AutoregressiveSampler:
         return self.model(input_ids, position_ids=positions, past_key_values=cache, logits_to_keep=1).logits[:, -1]
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int) -> Iterator[torch.LongTensor]:
+    def steps(self, batch: int, length: int, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
         """Yields the tokens after each forward, (batch, length)."""
         cache = filled_cache(self.model, batch, length + 1, context=0)
         tokens = torch.full((batch, length + 1), self.start_token_id, device=self.model.device)
+        places = text_positions(tokens)
         for place in range(length):
-            tokens[:, place + 1] = draw(self.forward(tokens[:, place : place + 1], place, cache))
+            here, following = slice(place, place + 1), slice(place + 1, place + 2)
+            logits = self.forward(tokens[:, here], place, cache)
+            tokens[:, following] = choose(logits[:, None], places[:, here])
             yield tokens[:, 1:]
 
 
-class MaskedDiffusionSampler:
+class MaskedDiffusionSampler(Sampler):
     """Bidirectional attention, no cache: every step is a pass over the whole text (MDLM's ancestral sampler).
 
     Logits are computed at the places that are revealed only, and a step that reveals nothing costs no pass: more than
@@ -64,7 +106,7 @@ class MaskedDiffusionSampler:
             return self.model(input_ids, position_ids=text_positions(input_ids), logits_to_keep=places).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: int) -> Iterator[torch.LongTensor]:
+    def steps(self, batch: int, length: int, num_steps: int, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
         """Yields the tokens after each forward, (batch, length)."""
         device = self.model.device
         tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
@@ -72,12 +114,12 @@ class MaskedDiffusionSampler:
         done = 0
         for count in sample_unmasking_counts(length, num_steps, 1.0):
             places = order[:, done : done + count]
-            tokens.scatter_(1, places, draw(self.forward(tokens, places)))
+            tokens.scatter_(1, places, choose(self.forward(tokens, places), places))
             done += count
             yield tokens
 
 
-class BlockDiffusionSampler:
+class BlockDiffusionSampler(Sampler):
     """Bidirectional inside a block, causal over blocks; complete blocks are cached (BD3-LM).
 
     Each step is a pass over the block on top of the cache; a last pass over the clean block fills the cache.
@@ -102,7 +144,7 @@ class BlockDiffusionSampler:
         ).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: int) -> Iterator[torch.LongTensor]:
+    def steps(self, batch: int, length: int, num_steps: int, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
         """Yields the tokens after each forward, (batch, length); `num_steps` for each block."""
         device = self.model.device
         cache = filled_cache(self.model, batch, length, context=0)
@@ -113,7 +155,7 @@ class BlockDiffusionSampler:
             done = 0
             for count in sample_unmasking_counts(block.shape[1], num_steps, 1.0):
                 places = order[:, done : done + count]
-                block.scatter_(1, places, draw(self.forward(block, first, cache, places)))
+                block.scatter_(1, places, choose(self.forward(block, first, cache, places), first + places))
                 done += count
                 yield tokens
             if first + self.block_length < length:

@@ -3,10 +3,12 @@
 python benchmarks/reproduce.py --scale minutes     # a small fraction of the next one, to see that all works
 python benchmarks/reproduce.py --scale hours       # about an hour on 2 cores: the committed results
 python benchmarks/reproduce.py --scale gpu --device cuda
+python benchmarks/reproduce.py --scale hours --budgets-only   # of trained systems: exact likelihoods against forwards
 
 AR, masked diffusion, block diffusion and Eso-LMs, on the same layers, rows and optimiser steps. Runs share the cores,
-one each, go on where they were killed, and are not repeated when complete; then samples are timed one system after the
-other. docs/claims.md says what came out.
+one each, go on where they were killed, and are not repeated when complete: first trainings, then the exact likelihoods
+of held-out text under the samplers. At last, samples are timed one system after the other. docs/claims.md says what
+came out.
 """
 
 import argparse
@@ -38,8 +40,8 @@ from eso_lm import EsoForMaskedDiffusion
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from quickstart import has_fast_bfloat16
-from reproduction_report import plot_likelihood, plot_quality, plot_steps, report
-from reproduction_systems import SCALES, Scale, alpha_of, new_model, objective_of, samplers, systems
+from reproduction_report import budgets_report, plot_budgets, plot_likelihood, plot_quality, plot_steps, report
+from reproduction_systems import SCALES, Scale, alpha_of, new_model, objective_of, samplers, scorers, systems
 from resumable_runs import last_whole_checkpoint, train_or_go_on
 from text_data import hold_out_twentieth, pack, python_documents, train_tokenizer, without_overlap
 
@@ -142,35 +144,72 @@ def likelihood(
         # A draw covers all rows at once, so that its times are spread over them.
         mean = torch.stack([objective(model, rows, generator) for _ in range(draws)]).mean(dim=0)
         losses = {"exact" if name in ("ar", "judge") else "nelbo": mean}
-    return {
-        kind: {"mean": row_losses.mean().item(), "standard_error": (row_losses.std() / len(rows) ** 0.5).item()}
-        for kind, row_losses in losses.items()
-    }
+    return {kind: over_rows(row_losses) for kind, row_losses in losses.items()}
 
 
-def run(name: str, args: argparse.Namespace) -> None:
-    """One run, in this process: a system or the judge by name, or a try of a learning rate, "tune:system:rate"."""
-    corpus, scale, folder = Corpus(args), SCALES[args.scale], folder_of(name, args)
-    is_tuning = name.startswith("tune:")
+def over_rows(values: torch.Tensor) -> dict[str, float]:
+    """The mean of values, (rows,), and its standard error."""
+    return {"mean": values.mean().item(), "standard_error": (values.std() / len(values) ** 0.5).item()}
+
+
+def budgets(name: str, model: EsoForMaskedDiffusion, corpus: Corpus, args: argparse.Namespace) -> list[dict]:
+    """Of a system's sampler at every setting: exact nats per token of held-out text, and the mean of its forwards."""
+    points = []
+    for setting, score in scorers(name, model, corpus.tokenizer.eos_token_id, SCALES[args.scale]):
+        set_seed(args.seed)
+        # So many rows at a time as are sampled: in a baseline, those of a call share the number of tokens of a step.
+        parts = [score(rows) for rows in corpus.held_out.to(args.device).split(args.sampling_batch)]
+        log_likelihood, forwards = (torch.cat(values) for values in zip(*parts, strict=True))
+        point = {"system": name, "setting": setting, "nfe": forwards.double().mean().item()}
+        points.append(point | {"nats": over_rows(-log_likelihood / corpus.held_out.shape[1])})
+    return points
+
+
+def train_and_evaluate(name: str, corpus: Corpus, args: argparse.Namespace) -> dict:
+    """Trains a system or the judge, by name, or tries a learning rate, "tune:system:rate"; its losses."""
+    scale, folder, is_tuning = SCALES[args.scale], folder_of(name, args), name.startswith("tune:")
     if is_tuning:
         _, system, rate = name.split(":")
         history = train(system, float(rate), scale.tune_steps, folder, corpus, args)
     else:
         system, steps = name, scale.judge_steps if name == "judge" else scale.steps
         history = train(system, learning_rate(args), steps, folder, corpus, args)
-    model = EsoForMaskedDiffusion.from_pretrained(folder).to(args.device)
-    record = {"likelihood": likelihood(system, model, corpus, args, not is_tuning), "history": history}
+    losses = likelihood(system, load(name, args), corpus, args, not is_tuning)
+    return {"likelihood": losses, "history": history}
+
+
+def run(name: str, args: argparse.Namespace) -> None:
+    """One run, in this process: a training, or the exact likelihoods of a trained system, "budgets:system"."""
+    corpus, file = Corpus(args), result_file(name, args)
+    if name.startswith("budgets:"):
+        system = name.removeprefix("budgets:")
+        record = {"points": budgets(system, load(system, args), corpus, args)}
+    else:
+        record = train_and_evaluate(name, corpus, args)
     # Renamed once it is written: the file says that the run is complete.
-    (folder / "result.incomplete").write_text(json.dumps(record, indent=1))
-    (folder / "result.incomplete").rename(folder / "result.json")
+    incomplete = file.with_suffix(".incomplete")
+    incomplete.write_text(json.dumps(record, indent=1))
+    incomplete.rename(file)
 
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
     return args.work / name.replace(":", "_")
 
 
+def result_file(name: str, args: argparse.Namespace) -> Path:
+    """What a run leaves when it is complete; the likelihoods of a model stay with it, and go when it goes."""
+    if name.startswith("budgets:"):
+        return folder_of(name.removeprefix("budgets:"), args) / "budgets.json"
+    return folder_of(name, args) / "result.json"
+
+
 def result_of(name: str, args: argparse.Namespace) -> dict:
-    return json.loads((folder_of(name, args) / "result.json").read_text())
+    return json.loads(result_file(name, args).read_text())
+
+
+def load(name: str, args: argparse.Namespace) -> EsoForMaskedDiffusion:
+    """The model of a complete training, in evaluation mode."""
+    return EsoForMaskedDiffusion.from_pretrained(folder_of(name, args)).to(args.device)
 
 
 def tuning_losses(args: argparse.Namespace) -> dict[tuple[str, float], float]:
@@ -192,7 +231,7 @@ def learning_rate(args: argparse.Namespace) -> float:
 def sample_all(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
     """Samples of all systems at all settings: forwards, seconds a text, perplexity under the judge, entropy."""
     scale = SCALES[args.scale]
-    judge = EsoForMaskedDiffusion.from_pretrained(args.work / "judge").to(args.device).eval()
+    judge = load("judge", args)
     objective = objective_of("judge", corpus.tokenizer)
     entropy = evaluate.load(str(METRICS / "unigram_entropy"))
 
@@ -208,8 +247,7 @@ def sample_all(corpus: Corpus, args: argparse.Namespace) -> list[dict]:
     points = [{"system": "text", "setting": {}, "nfe": None, "seconds": None, **quality(corpus.held_out)}]
     batch = min(args.sampling_batch, scale.num_samples)
     for name in tqdm(systems(), desc="Samples"):
-        model = EsoForMaskedDiffusion.from_pretrained(args.work / name).to(args.device).eval()
-        for setting, sample in samplers(name, model, corpus.tokenizer.eos_token_id, scale):
+        for setting, sample in samplers(name, load(name, args), corpus.tokenizer.eos_token_id, scale):
             set_seed(args.seed)
             sample(batch)  # warms up
             runs = [timed(partial(sample, batch), args.device) for _ in range(scale.num_samples // batch)]
@@ -230,11 +268,31 @@ def require_same_settings(args: argparse.Namespace) -> None:
     file.write_text(json.dumps(now) + "\n")
 
 
+def require_trained(args: argparse.Namespace) -> None:
+    """Raises a ValueError unless all systems are trained, and the text is there that they were trained on."""
+    missing = [name for name in systems() if not result_file(name, args).exists()]
+    missing += [] if (args.work / "corpus").exists() else ["corpus"]
+    if missing:
+        raise ValueError(
+            f"`--budgets-only` needs trained systems, but `--work {args.work}` lacks {missing}: run without it first."
+        )
+
+
+def write_budgets(settings: dict, args: argparse.Namespace) -> None:
+    """Writes the exact likelihoods of all systems: JSON, a table, and a picture."""
+    points = [point for name in systems() for point in result_of(f"budgets:{name}", args)["points"]]
+    results = {"settings": settings, "points": points}
+    write_results(args.output, "reproduction_budgets", results, budgets_report(results))
+    plot_budgets(results, args.output / "reproduction_budgets.png")
+
+
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
     scale = SCALES[args.scale]
     args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
+    if args.budgets_only:
+        require_trained(args)
     args.work.mkdir(parents=True, exist_ok=True)
     require_same_settings(args)
     corpus = Corpus(args)
@@ -244,14 +302,27 @@ def main(args: argparse.Namespace) -> None:
         run_in_processes(
             command,
             names,
-            lambda name: (folder_of(name, args) / "result.json").exists(),
+            lambda name: result_file(name, args).exists(),
             args.work / "logs",
             args.processes,
             description=description,
         )
 
-    in_processes([f"tune:{system}:{rate:g}" for rate in RATES for system in TUNED], "Learning rates")
-    in_processes([*reversed(systems()), "judge"], "Systems")
+    settings = {
+        "scale": args.scale,
+        "seed": args.seed,
+        "hardware": hardware(args.device),
+        "parameters": new_model(corpus.tokenizer, 1.0, scale).num_parameters(),
+        "train_tokens": len(corpus.train) * scale.length,
+        "sampling_batch": min(args.sampling_batch, scale.num_samples),
+    } | vars(scale)
+    if not args.budgets_only:
+        in_processes([f"tune:{system}:{rate:g}" for rate in RATES for system in TUNED], "Learning rates")
+        in_processes([*reversed(systems()), "judge"], "Systems")
+    in_processes([f"budgets:{name}" for name in systems()], "Exact likelihoods")
+    write_budgets(settings, args)
+    if args.budgets_only:
+        return
 
     rows, held_out = corpus.train["input_ids"][:], corpus.held_out.tolist()
     ngram = {
@@ -259,18 +330,12 @@ def main(args: argparse.Namespace) -> None:
         for order in tqdm((1, 3, 5), desc="n-grams")
     }
     points = sample_all(corpus, args)
-    settings = {
-        "scale": args.scale,
-        "seed": args.seed,
-        "hardware": hardware(args.device),
+    tuning = {
         "learning_rate": learning_rate(args),
         "tuning": {f"{system}, {rate:g}": loss for (system, rate), loss in tuning_losses(args).items()},
-        "parameters": new_model(corpus.tokenizer, 1.0, scale).num_parameters(),
-        "train_tokens": len(rows) * scale.length,
-        "sampling_batch": min(args.sampling_batch, scale.num_samples),
-    } | vars(scale)
+    }
     results = {
-        "settings": settings,
+        "settings": settings | tuning,
         "likelihood": {name: result_of(name, args)["likelihood"] for name in systems()},
         "judge": result_of("judge", args)["likelihood"],
         "ngram": ngram,
@@ -289,6 +354,9 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where the models go; by default outputs/reproduction_<scale>")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time; 1 on a GPU")
     parser.add_argument("--sampling-batch", type=int, default=16, help="texts sampled at a time")
+    parser.add_argument(
+        "--budgets-only", action="store_true", help="of trained systems, exact likelihoods alone: no judge, no samples"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     return parse_with_run(parser, arguments)

@@ -5,10 +5,21 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from reporting import table
 from reproduction_systems import ALPHAS, BLOCKS, alpha_of, systems
 
 COLORS = dict(zip(systems(), matplotlib.colormaps["tab10"].colors, strict=False))
+DOT = {"marker": "o", "markersize": 4, "linewidth": 1.3}
+DOTS = dict.fromkeys(systems(), DOT) | {"ar": {"marker": "s", "markersize": 9}}  # AR, below the dot of α₀ = 0
+STAR = {"linestyle": "", "marker": "*", "markersize": 12}
+WAYS = {  # how Eso-LMs choose what a forward decides, see `way_of`
+    "strided": {"linestyle": "-"},
+    "random": {"linestyle": "--"},
+    "entropy bound, strided": {"linestyle": ":"},
+    "lossless, strided": STAR,
+    "lossless, random": STAR | {"markerfacecolor": "white"},
+}
 
 
 def text_point(points: list[dict]) -> dict:
@@ -36,12 +47,27 @@ def split_lossless(points: list[dict]) -> tuple[list[dict], list[dict]]:
 
 
 def describe(setting: dict) -> str:
+    if "unmasking_order" not in setting:
+        return f"{setting['steps']} steps" if "steps" in setting else "left to right"
     if setting.get("lossless"):
-        return f"α₀ = {setting['alpha_0']:g}, lossless, strided"
-    if "num_diffusion_steps" in setting:
-        order = setting["unmasking_order"]
-        return f"α₀ = {setting['alpha_0']:g}, {setting['num_diffusion_steps']} steps, {order}"
-    return f"{setting['steps']} steps" if "steps" in setting else "left to right"
+        how = "lossless"
+    elif "entropy_bound" in setting:
+        how = f"entropy bound {setting['entropy_bound']:g}"
+    else:
+        how = f"{setting['num_diffusion_steps']} steps"
+    return f"α₀ = {setting['alpha_0']:g}, {how}, {setting['unmasking_order']}"
+
+
+def with_perplexity(nats: dict[str, float]) -> str:
+    return f"{nats['mean']:.3f} ± {nats['standard_error']:.3f} ({math.exp(nats['mean']):.1f})"
+
+
+def what_was_run(settings: dict) -> str:
+    return (
+        f"{settings['hardware']}; scale `{settings['scale']}`: {settings['parameters']:,} parameters, "
+        f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} tokens; "
+        f"{settings['train_tokens']:,} tokens to train on. `benchmarks/reproduce.py`."
+    )
 
 
 def report(results: dict) -> str:
@@ -49,10 +75,7 @@ def report(results: dict) -> str:
     settings, names, text = results["settings"], systems(), text_point(results["points"])
 
     def cell(record: dict, kind: str) -> str:
-        if kind not in record:
-            return ""
-        value = record[kind]
-        return f"{value['mean']:.3f} ± {value['standard_error']:.3f} ({math.exp(value['mean']):.1f})"
+        return with_perplexity(record[kind]) if kind in record else ""
 
     likelihoods = [
         " | ".join([label, *(cell(results["likelihood"][name], kind) for kind in ("nelbo", "one_order", "exact"))])
@@ -78,9 +101,7 @@ def report(results: dict) -> str:
             f"{point['entropy']:.2f} | {', '.join(fronts)}"
         )
     lines = [
-        f"{settings['hardware']}; scale `{settings['scale']}`: {settings['parameters']:,} parameters, "
-        f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} tokens, learning rate "
-        f"{settings['learning_rate']:g}; {settings['train_tokens']:,} tokens to train on. `benchmarks/reproduce.py`",
+        f"{what_was_run(settings)} Learning rate {settings['learning_rate']:g}.",
         "",
         *table(
             "held-out, nats per token (perplexity) | NELBO | one order | exact, or its bound by orders", likelihoods
@@ -177,5 +198,95 @@ def plot_steps(results: dict, path: Path) -> None:
     panel.set_xlabel(f"forwards for {results['settings']['length']} tokens")
     panel.set_ylabel("perplexity under the judge (dotted: text)")
     panel.legend(frameon=False, fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def way_of(point: dict) -> str:
+    """How the sampler of an Eso-LM chooses what a forward decides, but for numbers; "" for other systems."""
+    setting = point["setting"]
+    kinds = [kind for kind in ("lossless", "entropy_bound") if kind in setting]
+    return ", ".join([*kinds, setting["unmasking_order"]]).replace("_", " ") if "unmasking_order" in setting else ""
+
+
+def by_system_and_way(points: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """The points of each system and `way_of` sampling it, in their order."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for point in points:
+        groups.setdefault((point["system"], way_of(point)), []).append(point)
+    return groups
+
+
+def by_budget(points: list[dict]) -> list[dict]:
+    """The points that no other one of as few forwards beats in exact nats, by ascending forwards."""
+    best: list[dict] = []
+    for point in sorted(points, key=lambda point: (point["nfe"], point["nats"]["mean"])):
+        if not best or point["nats"]["mean"] < best[-1]["nats"]["mean"]:
+            best.append(point)
+    return best
+
+
+def budgets_report(results: dict) -> str:
+    """The tables of exact likelihoods, as Markdown: the best of every system at each budget, and all settings."""
+    settings, points, names = results["settings"], results["points"], systems()
+    limits = sorted({*settings["diffusion_steps"], settings["length"]})
+
+    def best(some: list[dict], limit: int) -> float:
+        return min((point["nats"]["mean"] for point in some if point["nfe"] <= limit), default=math.inf)
+
+    def cell(value: float, best_of_all: float) -> str:
+        if value == math.inf:
+            return ""
+        return f"**{value:.2f}**" if round(value, 2) == round(best_of_all, 2) else f"{value:.2f}"
+
+    lines = [
+        what_was_run(settings),
+        "",
+        f"Exact nats per token of {settings['held_out_rows']} held-out rows: -log p(text | plan) under each sampler, "
+        f"a mean over plans. Of the best setting within a number of forwards, for {settings['length']} tokens:",
+        "",
+        *table(
+            " | ".join(["system", "", *(f"≤ {limit}" for limit in limits)]),
+            (
+                " | ".join([names[name], way, *(cell(best(some, limit), best(points, limit)) for limit in limits)])
+                for (name, way), some in by_system_and_way(points).items()
+            ),
+        ),
+        "",
+        "All settings:",
+        "",
+        *table(
+            "system | | forwards | nats per token (perplexity)",
+            (
+                f"{names[point['system']]} | {describe(point['setting'])} | {point['nfe']:.1f} | "
+                f"{with_perplexity(point['nats'])}"
+                for point in points
+            ),
+        ),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot_budgets(results: dict, path: Path) -> None:
+    """Exact nats per token against forwards: a line for each system, way, and α_0 at sampling."""
+    figure = Figure(figsize=(8.4, 4.8))
+    panel = figure.subplots()
+    points, names = results["points"], systems()
+    pale = {"color": "0.88", "linewidth": 7}
+    frontier = [(point["nfe"], point["nats"]["mean"]) for point in by_budget(points)]
+    panel.step(*zip(*frontier, strict=True), where="post", zorder=0, **pale)
+    for (name, way), some in by_system_and_way(points).items():
+        for alpha_0 in dict.fromkeys(point["setting"].get("alpha_0") for point in some):
+            mine = [point for point in some if point["setting"].get("alpha_0") == alpha_0]
+            curve = sorted((point["nfe"], point["nats"]["mean"]) for point in mine)
+            panel.plot(*zip(*curve, strict=True), color=COLORS[name], **DOTS[name] | WAYS.get(way, {}))
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlabel(f"forwards for {results['settings']['length']} tokens")
+    panel.set_ylabel("exact nats per token of held-out text")
+    handles = [Line2D([], [], color=COLORS[name], label=label, **DOTS[name]) for name, label in names.items()]
+    handles += [Line2D([], [], color="black", label=way, **looks) for way, looks in WAYS.items()]
+    handles.append(Line2D([], [], label="the best of all", **pale))
+    panel.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7)
     figure.tight_layout()
     figure.savefig(path, dpi=130)

@@ -1,19 +1,23 @@
-"""The systems that `reproduce.py` compares: their sizes, their losses, and the settings that they are sampled at."""
+"""The systems that `reproduce.py` compares: their sizes, their losses, and the settings that they are sampled at.
+
+Under the same settings text is scored: the exact likelihood of a sampler, of any number of forwards.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler
+from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, Sampler
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, Objective
 from text_data import vocabulary_of
 from transformers import PreTrainedTokenizerBase
 
-from eso_lm import EsoConfig, EsoForMaskedDiffusion
+from eso_lm import EsoConfig, EsoForMaskedDiffusion, EsoGenerateOutput
 
 ALPHAS = (1.0, 0.5, 0.25, 0.125, 0.0)
 BLOCKS = (4, 16)
+ENTROPY_BOUNDS = (4.0, 16.0, 64.0)  # nats
 
 
 @dataclass
@@ -34,10 +38,11 @@ class Scale:
     num_samples: int  # at each setting
     diffusion_steps: tuple[int, ...]  # settings of masked diffusion and Eso-LMs
     every: int = 1  # one document of so many
+    num_plans: int = 3  # for the exact likelihood of a sampler, where one pass gives it
 
 
 SCALES = {
-    "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 16, 8, 2, 4, (4, 16), every=60),
+    "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 16, 8, 2, 4, (4, 16), every=60, num_plans=2),
     "minutes": Scale(128, 3, 128, 2048, 16, 400, 500, 100, 64, 8, 8, 32, (8, 32, 128)),
     "hours": Scale(128, 4, 128, 2048, 16, 2400, 3000, 300, 128, 16, 16, 64, (4, 8, 16, 32, 64, 128)),
     "gpu": Scale(768, 12, 1024, 16384, 64, 50_000, 60_000, 2000, 512, 16, 16, 64, (8, 16, 64, 256, 1024)),
@@ -81,43 +86,22 @@ def objective_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
     return Esoteric(alpha_of(name), tokenizer.mask_token_id)
 
 
-def samplers(
-    name: str, model: EsoForMaskedDiffusion, start_token_id: int, scale: Scale
-) -> Iterator[tuple[dict, Callable[[int], tuple[torch.LongTensor, int]]]]:
-    """The settings to sample a system with, and functions of the batch size to tokens and forwards."""
-    length = scale.length
+def sampler_of(name: str, model: EsoForMaskedDiffusion, start_token_id: int) -> Sampler:
+    """The decoding loop of a baseline."""
     if name == "ar":
-        sampler = AutoregressiveSampler(model, start_token_id)
-        yield {}, lambda batch: run_to_end(sampler.steps(batch, length))
-    elif name == "mdm":
-        sampler = MaskedDiffusionSampler(model)
-        for steps in scale.diffusion_steps:
-            yield {"steps": steps}, lambda batch, steps=steps: run_to_end(sampler.steps(batch, length, steps))
-    elif name.startswith("bd"):
-        sampler = BlockDiffusionSampler(model, int(name.removeprefix("bd")))
-        for steps in (1, 2, 4, 8, 16):
-            if steps <= sampler.block_length:
-                yield {"steps": steps}, lambda batch, steps=steps: run_to_end(sampler.steps(batch, length, steps))
-    else:
-        for setting in eso_settings(alpha_of(name), scale):
-            yield setting, partial(sample_eso_lm, model, length, setting)
+        return AutoregressiveSampler(model, start_token_id)
+    if name == "mdm":
+        return MaskedDiffusionSampler(model)
+    return BlockDiffusionSampler(model, int(name.removeprefix("bd")))
 
 
-@torch.no_grad()
-def run_to_end(steps: Iterator[torch.LongTensor]) -> tuple[torch.LongTensor, int]:
-    """The last tokens of a sampler, (batch, length), and the number of its forwards."""
-    states = [tokens.clone() for tokens in steps]
-    return states[-1], len(states)
-
-
-def sample_eso_lm(
-    model: EsoForMaskedDiffusion, length: int, setting: dict, batch: int
-) -> tuple[torch.LongTensor, int]:
-    """Samples of `generate`, (batch, length), and the number of its forwards."""
-    output = model.generate(
-        max_new_tokens=length, num_return_sequences=batch, eos_token_id=None, return_dict_in_generate=True, **setting
-    )
-    return output.sequences, output.num_function_evaluations
+def baseline_settings(name: str, scale: Scale) -> list[dict]:
+    """Of a baseline: its steps, of the text in masked diffusion, and of each block in block diffusion."""
+    if name == "ar":
+        return [{}]
+    if name == "mdm":
+        return [{"steps": steps} for steps in scale.diffusion_steps]
+    return [{"steps": steps} for steps in (1, 2, 4, 8, 16) if steps <= int(name.removeprefix("bd"))]
 
 
 def eso_settings(alpha_0: float, scale: Scale) -> list[dict]:
@@ -132,3 +116,96 @@ def eso_settings(alpha_0: float, scale: Scale) -> list[dict]:
         for steps in scale.diffusion_steps
     ]
     return fixed + [{"alpha_0": alpha, "lossless": True, "unmasking_order": "strided"} for alpha in alphas]
+
+
+def eso_scoring_settings(alpha_0: float, scale: Scale) -> list[dict]:
+    """Of an Eso-LM, what text is scored under: an α_0 at sampling of 1, and that of training; entropy bounds at 1.
+
+    At a smaller α_0 most forwards are those of the sequential phase: every other number of steps tells enough.
+    """
+    if alpha_0 == 0:
+        return [{"alpha_0": 0.0}]
+    settings = []
+    for alpha in dict.fromkeys((1.0, alpha_0)):
+        for order in ("random", "strided"):
+            common = {"alpha_0": alpha, "unmasking_order": order}
+            steps = scale.diffusion_steps if alpha == 1 else scale.diffusion_steps[::2]
+            settings += [common | {"num_diffusion_steps": count} for count in steps]
+            settings.append(common | {"lossless": True})
+    bounded = {"alpha_0": 1.0, "unmasking_order": "strided"}
+    return settings + [bounded | {"entropy_bound": bound} for bound in ENTROPY_BOUNDS]
+
+
+Sample = Callable[[int], tuple[torch.LongTensor, int]]
+"""Samples, (batch, length), of a batch size, and the number of forwards."""
+
+Score = Callable[[torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
+"""Of texts, (batch, length): the mean over plans of log p(x | plan) in nats, and of the forwards, (batch,) each."""
+
+
+def samplers(
+    name: str, model: EsoForMaskedDiffusion, start_token_id: int, scale: Scale
+) -> Iterator[tuple[dict, Sample]]:
+    """The settings to sample a system with, and how."""
+    if alpha_of(name) is None:
+        sampler = sampler_of(name, model, start_token_id)
+        for setting in baseline_settings(name, scale):
+            yield setting, partial(sample_baseline, sampler, scale.length, setting)
+    else:
+        for setting in eso_settings(alpha_of(name), scale):
+            yield setting, partial(sample_eso_lm, model, scale.length, setting)
+
+
+def scorers(
+    name: str, model: EsoForMaskedDiffusion, start_token_id: int, scale: Scale
+) -> Iterator[tuple[dict, Score]]:
+    """The settings to score text under a system with, and how."""
+    if alpha_of(name) is None:
+        sampler = sampler_of(name, model, start_token_id)
+        for setting in baseline_settings(name, scale):
+            yield setting, partial(score_baseline, sampler, setting)
+    else:
+        for setting in eso_scoring_settings(alpha_of(name), scale):
+            # A forward a group, as for the baselines: the rows differ by more than the plans of a row do.
+            num_plans = 1 if "entropy_bound" in setting else scale.num_plans
+            yield setting, partial(score_eso_lm, model, setting, num_plans)
+
+
+@torch.no_grad()
+def sample_baseline(sampler: Sampler, length: int, setting: dict, batch: int) -> tuple[torch.LongTensor, int]:
+    """The last tokens of a decoding loop, (batch, length), and the number of its forwards."""
+    states = [tokens.clone() for tokens in sampler.steps(batch, length, *setting.values())]
+    return states[-1], len(states)
+
+
+def generate(model: EsoForMaskedDiffusion, length: int, batch: int, setting: dict) -> EsoGenerateOutput:
+    return model.generate(
+        max_new_tokens=length, num_return_sequences=batch, eos_token_id=None, return_dict_in_generate=True, **setting
+    )
+
+
+def sample_eso_lm(
+    model: EsoForMaskedDiffusion, length: int, setting: dict, batch: int
+) -> tuple[torch.LongTensor, int]:
+    """Samples of `generate`, (batch, length), and the number of its forwards."""
+    output = generate(model, length, batch, setting)
+    return output.sequences, output.num_function_evaluations
+
+
+def score_baseline(sampler: Sampler, setting: dict, text: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [`Score`], under one plan a row."""
+    log_likelihood, forwards = sampler.log_likelihood(text, *setting.values())
+    return log_likelihood, torch.full_like(log_likelihood, forwards)
+
+
+def score_eso_lm(
+    model: EsoForMaskedDiffusion, setting: dict, num_plans: int, text: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [`Score`], under `num_plans` plans a row."""
+    output = model.log_likelihood(text, num_orders=num_plans, **setting)
+    if setting.get("lossless"):
+        # The likelihood is that of one token a forward; how many forwards were spared is counted on as many samples.
+        forwards = generate(model, text.shape[1], len(text), setting).forwards_per_row
+    else:
+        forwards = output.num_function_evaluations.double().mean(dim=1)
+    return output.log_likelihood_per_order.mean(dim=1), forwards

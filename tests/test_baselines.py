@@ -1,10 +1,11 @@
 """Each baseline of the benchmarks is what it claims to be."""
 
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, filled_cache
+from objectives import Autoregressive
 from tiny_models import random_batch, randomized_model
 
 MASK = 23
@@ -82,3 +83,74 @@ def test_a_filled_cache_stands_for_a_context():
     cache = filled_cache(model, 2, 8, 5)
     assert cache.get_seq_length() == 5
     assert AutoregressiveSampler(model).forward(torch.zeros(2, 1).long(), 5, cache).shape == (2, 24)
+
+
+DIFFUSION = {"masked": MaskedDiffusionSampler, "blocks of 2": lambda model: BlockDiffusionSampler(model, 2)}
+
+
+def plan_of(sampler, text, num_steps: int, seed: int) -> list[torch.LongTensor]:
+    """The places, (batch, count), that each forward of `log_likelihood` decides with this seed."""
+    plan = []
+
+    def note(logits, places):
+        plan.append(places.clone())
+        return text.gather(1, places)
+
+    torch.manual_seed(seed)
+    for _ in sampler.steps(*text.shape, num_steps, choose=note):
+        pass
+    return plan
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+@pytest.mark.parametrize("kind", DIFFUSION)
+@torch.no_grad()
+def test_the_probabilities_of_all_texts_add_up_to_one_under_a_plan(kind, num_steps):
+    """Of five tokens, in blocks of two, two and one."""
+    model = randomized_model(vocab_size=3)
+    sampler, log_likelihoods = DIFFUSION[kind](model), []
+    for text in product(range(2), repeat=5):
+        torch.manual_seed(1)  # the same plan for every text
+        log_likelihoods.append(sampler.log_likelihood(torch.tensor([text]), num_steps)[0])
+    probabilities = torch.cat(log_likelihoods).exp()
+    assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
+    assert probabilities.max() > 2 * probabilities.min(), "texts are told apart"
+    if num_steps < 5:
+        plan = plan_of(sampler, torch.zeros(1, 5, dtype=torch.long), num_steps, seed=1)
+        assert len(plan) < 5, "several tokens a forward"
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 1000])
+@pytest.mark.parametrize("kind", DIFFUSION)
+@torch.no_grad()
+def test_a_text_is_scored_by_what_each_forward_sees(kind, num_steps):
+    """Against passes over the whole text with a mask written out, where what is not decided yet is masked."""
+    model = randomized_model()
+    sampler, text = DIFFUSION[kind](model), random_batch(model, 2, 9)
+    block = torch.arange(9) // (9 if kind == "masked" else 2)
+    known, expected = torch.full_like(text, MASK), torch.zeros(2)
+    plan = plan_of(sampler, text, num_steps, seed=1)
+    for places in plan:
+        log_probs = dense_logits(model, known, block[:, None] >= block).log_softmax(dim=-1)
+        of_text = log_probs.gather(-1, text[..., None])[..., 0]
+        expected += of_text.gather(1, places).sum(dim=1)
+        known.scatter_(1, places, text.gather(1, places))
+    assert torch.equal(known, text), "every place is decided"
+
+    calls = []
+    hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    torch.manual_seed(1)
+    log_likelihood, forwards = sampler.log_likelihood(text, num_steps)
+    hook.remove()
+    torch.testing.assert_close(log_likelihood.float(), expected, atol=1e-3, rtol=0)
+    # A pass for each step that reveals something, and one to cache each block but the last.
+    assert forwards == len(calls) == len(plan) + (0 if kind == "masked" else 4)
+
+
+@torch.no_grad()
+def test_the_autoregressive_score_is_its_loss():
+    model = randomized_model()
+    text = random_batch(model, 3, 6)
+    log_likelihood, forwards = AutoregressiveSampler(model, 3).log_likelihood(text)
+    torch.testing.assert_close(-log_likelihood.float() / 6, Autoregressive(3)(model, text), atol=1e-4, rtol=0)
+    assert forwards == 6

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from types import SimpleNamespace
 
 import adaptation
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from ngram import KneserNey
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, add_noise
 from parallel_runs import run_in_processes
-from reproduction_report import is_on_frontier
+from reproduction_report import budgets_report, by_budget, is_on_frontier, plot_budgets
 from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
@@ -143,6 +144,77 @@ def test_the_frontier_is_what_nothing_beats(pairs):
         assert not (first[0] <= second[0] and first[1] < second[1])
 
 
+@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=8))
+def test_the_best_by_budget_falls_and_nothing_beats_it(pairs):
+    points = [{"nfe": forwards, "nats": {"mean": loss}} for forwards, loss in pairs]
+    best = [(point["nfe"], point["nats"]["mean"]) for point in by_budget(points)]
+    for (fewer, worse), (more, better) in itertools.pairwise(best):
+        assert fewer < more
+        assert worse > better
+    for forwards, loss in pairs:
+        assert min(other for cost, other in best if cost <= forwards) <= loss
+
+
+def budgets_of(name: str) -> list[dict]:
+    """The exact likelihoods of a system with random weights, at the smoke scale."""
+    model = randomized_model(scale=0.2)
+    corpus = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=3), held_out=random_batch(model, 16, 16))
+    return reproduce.budgets(name, model, corpus, reproduce.parse_args(["--scale", "smoke", "--sampling-batch", "8"]))
+
+
+def test_the_budgets_of_the_baselines_are_exact_likelihoods():
+    (causal,) = budgets_of("ar")
+    model = randomized_model(scale=0.2)
+    with torch.no_grad():
+        losses = Autoregressive(3)(model, random_batch(model, 16, 16))
+    assert causal["nfe"] == 16
+    assert causal["nats"]["mean"] == pytest.approx(losses.mean().item(), abs=1e-4)
+    assert causal["nats"]["standard_error"] == pytest.approx(losses.std().item() / 4, abs=1e-4)
+    few, many = budgets_of("mdm")
+    assert [point["setting"] for point in (few, many)] == [{"steps": 4}, {"steps": 16}]
+    assert 1 <= few["nfe"] <= 4 < many["nfe"] <= 16
+    blocks = budgets_of("bd4")
+    assert [point["setting"]["steps"] for point in blocks] == [1, 2, 4]
+    assert blocks[0]["nfe"] == 4 + 3, "a forward a block, and one to cache each but the last"
+    assert blocks[0]["nats"]["standard_error"] > 0
+    assert blocks == budgets_of("bd4"), "of the seed"
+
+
+def test_the_table_of_budgets_tells_the_best_of_each(tmp_path):
+    points = [
+        {"system": system, "setting": setting, "nfe": nfe, "nats": {"mean": nats, "standard_error": 0.01}}
+        for system, setting, nfe, nats in (
+            ("ar", {}, 16, 3.0),
+            ("mdm", {"steps": 4}, 3.5, 6.0),
+            ("mdm", {"steps": 16}, 10.5, 5.0),
+            ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": 4}, 4, 5.5),
+            ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "lossless": True}, 8, 4.5),
+            ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "entropy_bound": 4.0}, 6, 5.25),
+        )
+    ]
+    sizes = {"hardware": "a machine", "scale": "smoke", "parameters": 1, "train_tokens": 1}
+    results = {"settings": sizes | vars(reproduce.SCALES["smoke"]), "points": points}
+    report = budgets_report(results)
+    for line in (
+        "| system |  | ≤ 4 | ≤ 16 |",
+        "| AR |  |  | **3.00** |",
+        "| masked diffusion |  | 6.00 | 5.00 |",
+        "| Eso-LM, α₀ = 1 | strided | **5.50** | 5.50 |",
+        "| Eso-LM, α₀ = 1 | lossless, strided |  | 4.50 |",
+        "| Eso-LM, α₀ = 1 | α₀ = 1, entropy bound 4, strided | 6.0 | 5.250 ± 0.010 (190.6) |",
+    ):
+        assert line in report
+    plot_budgets(results, tmp_path / "budgets.png")
+    assert (tmp_path / "budgets.png").stat().st_size > 10_000
+
+
+def test_budgets_alone_need_trained_systems(tmp_path):
+    arguments = ["--scale", "smoke", "--budgets-only", "--work", str(tmp_path / "work")]
+    with pytest.raises(ValueError, match=r"lacks \['ar', .*'corpus'\]: run without it first"):
+        reproduce.main(reproduce.parse_args(arguments))
+    assert not (tmp_path / "work").exists()
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
     """Runs follow one another in this process; those that were started are listed."""
@@ -166,7 +238,7 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     started = in_this_process(reproduce)
     arguments = ["--scale", "smoke", "--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     reproduce.main(reproduce.parse_args(arguments))
-    assert len(started) == 6 + 9 + 1
+    assert len(started) == 6 + 9 + 1 + 9
     results = json.loads((tmp_path / "results" / "reproduction.json").read_text())
     assert results["likelihood"].keys() == reproduce.systems().keys()
     for name, record in results["likelihood"].items():
@@ -179,12 +251,37 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
         assert point["seconds"] > 0
     report = (tmp_path / "results" / "reproduction.md").read_text()
     assert all(label in report for label in reproduce.systems().values())
-    for picture in ("likelihood", "quality", "steps"):
+    for picture in ("likelihood", "quality", "steps", "budgets"):
         assert (tmp_path / "results" / f"reproduction_{picture}.png").stat().st_size > 10_000
+    budgets = json.loads((tmp_path / "results" / "reproduction_budgets.json").read_text())["points"]
+    assert {point["system"] for point in budgets} == set(reproduce.systems())
+    nats = {}
+    for point in budgets:
+        assert 1 <= point["nfe"] <= 16
+        assert abs(point["nats"]["mean"] - math.log(300)) < 1.2
+        nats.setdefault(point["system"], []).append(point["nats"]["mean"])
+    for name in ("ar", "eso_0"):  # one order: the likelihood that there is
+        exact = results["likelihood"][name]["exact"]["mean"]
+        assert nats[name] == [pytest.approx(exact, abs=1e-3)]
+    ways = ({"lossless"}, {"entropy_bound"}, {"num_diffusion_steps"})
+    for name in ("eso_1", "eso_0.5", "eso_0.25", "eso_0.125"):
+        mine = [point for point in budgets if point["system"] == name]
+        assert all(any(way <= point["setting"].keys() for point in mine) for way in ways)
+        assert {point["setting"]["alpha_0"] for point in mine} == {1.0, reproduce.alpha_of(name)}
+
     started.clear()
     (tmp_path / "work" / "mdm" / "result.json").unlink()
+    (tmp_path / "work" / "bd4" / "budgets.json").unlink()
     reproduce.main(reproduce.parse_args(arguments))
-    assert started == ["mdm"], "what is complete is not run again"
+    assert started == ["mdm", "budgets:bd4"], "what is complete is not run again"
+
+    started.clear()
+    (tmp_path / "work" / "mdm" / "budgets.json").unlink()
+    reproduce.main(reproduce.parse_args([*arguments, "--budgets-only", "--output", str(tmp_path / "alone")]))
+    assert started == ["budgets:mdm"]
+    written = sorted(path.name for path in (tmp_path / "alone").iterdir())
+    assert written == [f"reproduction_budgets.{kind}" for kind in ("json", "md", "png")]
+    assert json.loads((tmp_path / "alone" / "reproduction_budgets.json").read_text())["points"] == budgets
     with pytest.raises(ValueError, match=r"holds runs with .*'seed': 0"):
         reproduce.main(reproduce.parse_args([*arguments, "--seed", "7"]))
 
