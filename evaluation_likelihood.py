@@ -132,20 +132,18 @@ class EsoLikelihoodMixin(EsoLM):
         Raises:
             ValueError: for arguments that do not fit together, and for masks among the tokens to score.
         """
-        is_real, is_given = self._check_text(input_ids, attention_mask, context_mask)
-        require_fraction("alpha_0", alpha_0, or_none=True)
+        texts = self._check_text(input_ids, attention_mask, context_mask)
         require_positive_integer("num_orders", num_orders, or_word="all")
         budget = Budget(batch_size, memory_budget, chunk_length)
         batch, length = input_ids.shape
         require_generators(generator, batch)
-        texts = Texts(input_ids.cpu().long(), is_real, is_real & ~is_given, self.config.mask_token_id)
-        sampler, policy = TokenSampler([], False, None, texts.mask_token_id), None
+        sampler, policy = self._plain_sampler(), None
         if generation_config is not None or logits_processor is not None or settings:
             if alpha_0 is not None:
                 settings["alpha_0"] = alpha_0
             generating, canvas = cast(EsoGenerationMixin, self), texts.canvas()
             policy, alpha_0, sampler = generating.sampler_for(canvas, generation_config, logits_processor, **settings)
-        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
+        alpha_0 = self._check_alpha_0(alpha_0)
         orders, groups, log_weights = choose_plans(texts, num_orders, orders, groups, alpha_0, generator, policy)
 
         pairs = orders.shape[1]
@@ -219,29 +217,27 @@ class EsoLikelihoodMixin(EsoLM):
         Raises:
             ValueError: for arguments that do not fit together, and for masks among the tokens to score.
         """
-        is_real, is_given = self._check_text(input_ids, attention_mask, context_mask)
-        require_fraction("alpha_0", alpha_0, or_none=True)
-        alpha_0 = self.config.alpha_0 if alpha_0 is None else alpha_0
+        texts = self._check_text(input_ids, attention_mask, context_mask)
+        alpha_0 = self._check_alpha_0(alpha_0)
         require_positive_integer("num_draws", num_draws)
-        budget, sampler = Budget(batch_size, memory_budget), TokenSampler([], False, None, self.config.mask_token_id)
+        budget, sampler = Budget(batch_size, memory_budget), self._plain_sampler()
         generator = _source_on_cpu(generator)
         batch, length = input_ids.shape
         # Neighbouring times go to different rows: those of a row cover [0, 1] evenly, too.
         times = sample_times(batch * num_draws, generator).view(num_draws, batch).T.flatten()
-        rows = torch.arange(batch).repeat_interleave(num_draws)
-        tokens, positions = input_ids.cpu().long()[rows], text_positions(is_real)[rows]
-        is_real, is_free = is_real[rows], (is_real & ~is_given)[rows]
+        texts = texts.repeat(num_draws)
+        tokens, positions = texts.tokens, text_positions(texts.is_real)
 
-        nelbo = torch.zeros(len(rows), dtype=torch.float64)
+        nelbo = torch.zeros(len(tokens), dtype=torch.float64)
         phases = ["diffusion"] * (alpha_0 > 0) + ["sequential"] * (alpha_0 < 1)
         for phase in phases:
             is_sequential = phase == "sequential"
             keep = torch.full_like(times, alpha_0) if is_sequential else keep_probability(times, alpha_0)
             weight = torch.ones_like(times) if is_sequential else nelbo_weight(times, alpha_0)
             noise = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
-            is_masked = is_free & (noise >= keep[:, None])
+            is_masked = texts.is_free & (noise >= keep[:, None])
             # Given, clean, masked, padding; what is given, and the masks of the sequential phase, from left to right.
-            group = torch.where(is_masked, 2, torch.where(is_free, 1, torch.where(is_real, 0, 3)))
+            group = texts.kinds(free=1, given=0, padding=3).masked_fill(is_masked, 2)
             rank = torch.rand(tokens.shape, dtype=torch.float64, generator=generator)
             is_ascending = (group == 0) | is_sequential & is_masked
             rank = torch.where(is_ascending, torch.arange(length, dtype=torch.float64), rank)
@@ -251,7 +247,7 @@ class EsoLikelihoodMixin(EsoLM):
                 targets=tokens.gather(1, order),
                 position_ids=positions.gather(1, order),
                 is_wanted=is_masked.gather(1, order),
-                sequential_rows=torch.full((len(rows),), is_sequential),
+                sequential_rows=torch.full((len(tokens),), is_sequential),
                 group_starts=torch.arange(length).expand_as(order),
             )
             values, _ = score(self, layout, budget, f"NELBO, {phase} phase", sampler)
@@ -268,8 +264,8 @@ class EsoLikelihoodMixin(EsoLM):
 
     def _check_text(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, context_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What is real and what is given of the text, (batch, length) bool each, on the CPU."""
+    ) -> Texts:
+        """What is scored, on the CPU."""
         require_token_ids("input_ids", input_ids, self.config.vocab_size)
         if self.max_text_length is not None and input_ids.shape[1] > self.max_text_length:
             raise ValueError(
@@ -286,7 +282,15 @@ class EsoLikelihoodMixin(EsoLM):
                 f"`input_ids` holds the mask id {self.config.mask_token_id}: only text without holes has a likelihood "
                 f"(or set `attention_mask` to 0 there)."
             )
-        return is_real, is_given & is_real
+        return Texts(input_ids.cpu().long(), is_real, is_real & ~is_given, self.config.mask_token_id)
+
+    def _check_alpha_0(self, alpha_0: float | None) -> float:
+        require_fraction("alpha_0", alpha_0, or_none=True)
+        return self.config.alpha_0 if alpha_0 is None else alpha_0
+
+    def _plain_sampler(self) -> TokenSampler:
+        """Draws from the model's own distribution."""
+        return TokenSampler([], is_greedy=False, generator=None, mask_token_id=self.config.mask_token_id)
 
 
 def _source_on_cpu(generator: torch.Generator | None) -> torch.Generator | None:

@@ -192,9 +192,8 @@ class ForcedUnmasking(ParallelUnmasking):
         decisions = super().decide(logits, step)
         for row, width in enumerate(self.widths):
             self.num_forwards[row] += width > 0
-        tokens = self.choose(decisions.scores, decisions.rows, decisions.columns)
-        self.values[decisions.rows, decisions.columns] = self.sampler.log_probs(decisions.scores, tokens).cpu()
-        self.is_greedy[decisions.rows, decisions.columns] = (decisions.scores.argmax(dim=-1) == tokens).cpu()
+        places = (decisions.rows, decisions.columns)
+        self.values[places], self.is_greedy[places] = _judge(self.sampler, decisions.scores, self.texts[places])
         return decisions
 
 
@@ -208,6 +207,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _judge(sampler: TokenSampler, scores: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """log p of tokens (slots,) under scores (slots, vocab), and whether they are the most probable; on the CPU."""
+    tokens = tokens.to(scores.device)
+    return sampler.log_probs(scores, tokens).cpu(), (scores.argmax(dim=-1) == tokens).cpu()
 
 
 def _longest_group(group_starts: torch.Tensor) -> int:
@@ -243,13 +248,13 @@ def _score_at_once(model: EsoLM, layout: Layout, sampler: TokenSampler) -> Score
         layout.group_starts.to(device),
     )
     labels = labels[rows, slots]
-    log_probs, hits = [], []
+    judged = []
     for part in torch.arange(len(states)).split(max(1, LOGITS_AT_A_TIME // model.config.vocab_size)):
         part = slice(int(part[0]), int(part[-1]) + 1)
         scores = sampler.process(model.compute_logits(states[part]).float(), None, [], [])
-        log_probs.append(sampler.log_probs(scores, labels[part]))
-        hits.append(scores.argmax(dim=-1) == labels[part])
-    return Scored(rows.cpu(), slots.cpu(), torch.cat(log_probs).cpu(), torch.cat(hits).cpu())
+        judged.append(_judge(sampler, scores, labels[part]))
+    log_probs, is_greedy = (torch.cat(parts) for parts in zip(*judged, strict=True))
+    return Scored(rows.cpu(), slots.cpu(), log_probs, is_greedy)
 
 
 def _score_chunks(model: EsoLM, layout: Layout, sampler: TokenSampler, chunk_length: int) -> Scored:
@@ -293,11 +298,8 @@ def _score_chunks(model: EsoLM, layout: Layout, sampler: TokenSampler, chunk_len
             )
         )
         rows, places = is_wanted.nonzero().unbind(dim=-1)
-        labels = layout.targets[rows, places].to(logits.device)
         scores = sampler.process(logits, None, [], [])
-        scored.append(
-            Scored(rows, places, sampler.log_probs(scores, labels).cpu(), (scores.argmax(dim=-1) == labels).cpu())
-        )
+        scored.append(Scored(rows, places, *_judge(sampler, scores, layout.targets[rows, places])))
     return Scored(*(torch.cat([getattr(part, name) for part in scored]) for name in Scored.__dataclass_fields__))
 
 

@@ -118,8 +118,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         masks' tokens are drawn in parallel (arXiv 2506.01928, section 4). Rows advance independently.
         """
         canvas = _make_canvas(input_ids, attention_mask, generation_config, self.config.mask_token_id)
-        alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
-        self._check_settings(generation_config, alpha_0, canvas)
+        alpha_0 = self._check_settings(generation_config, canvas)
         require_generators(generator, canvas.batch)
         if cache_to_go_on_from is not None and cache_to_go_on_from.get_seq_length() > 0:
             take_over_cache(cache_to_go_on_from, cast(PreallocatedCache, past_key_values), canvas)
@@ -185,8 +184,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         require_sampling(prepared.get_generation_mode())
         prepared.max_length, prepared.max_new_tokens = canvas.length, None
         self._prepare_special_tokens(prepared, device=self.device)
-        alpha_0 = prepared.alpha_0 if prepared.alpha_0 is not None else self.config.alpha_0
-        self._check_settings(prepared, alpha_0, canvas)
+        alpha_0 = self._check_settings(prepared, canvas)
         processors = self._get_logits_processor(
             prepared,
             # What no row has to fill in, at the left, is the prompt.
@@ -203,12 +201,15 @@ class EsoGenerationMixin(FittedGenerationMixin):
         processors = for_slots(logits_processor, self.config.vocab_size)
         return TokenSampler(processors, not generation_config.do_sample, generator, self.config.mask_token_id)
 
-    def _check_settings(self, generation_config: EsoGenerationConfig, alpha_0: float, canvas: Canvas) -> None:
+    def _check_settings(self, generation_config: EsoGenerationConfig, canvas: Canvas) -> float:
+        """Raises a ValueError for settings that cannot be used; returns the alpha_0 that they come to."""
+        alpha_0 = generation_config.alpha_0 if generation_config.alpha_0 is not None else self.config.alpha_0
         self.config.validate_architecture()
         is_left_to_right = alpha_0 == 0 and canvas.holds_prefixes()
         require_supported_settings(generation_config, is_left_to_right)
         require_special_tokens(generation_config, self.config.vocab_size, self.config.mask_token_id)
         require_no_prompt_learning(self)
+        return alpha_0
 
     def _make_decoder(
         self,

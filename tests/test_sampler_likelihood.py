@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_models import all_orders, backbone_config, random_batch, random_orders, randomized_model
 
 import eso_lm.evaluation_scoring
-from eso_lm import EsoGenerationConfig
+from eso_lm import EsoForMaskedDiffusion, EsoGenerationConfig
 from eso_lm.modeling_objective import states_at
 
 MASK = 23
@@ -64,6 +64,19 @@ def generated(model, prompt, attention_mask=None, new_tokens=9, **sampler):
     )
     is_real = torch.cat([attention_mask, torch.ones(len(prompt), new_tokens, dtype=torch.long)], dim=1)
     return output, is_real, (output.unmasking_steps == 0).long()
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """The slots of a row of every forward of the backbone from now on, in a list."""
+    widths, run_backbone = [], EsoForMaskedDiffusion.run_backbone
+
+    def noted(model, **arguments):
+        widths.append(arguments["input_ids"].shape[1])
+        return run_backbone(model, **arguments)
+
+    monkeypatch.setattr(EsoForMaskedDiffusion, "run_backbone", noted)
+    return widths
 
 
 def plan_of(output):
@@ -314,42 +327,23 @@ def test_one_group_is_the_diffusion_term_of_training(attention):
 
 
 @pytest.mark.parametrize("name", ["parallel", "blocks", "temperature", "lossless"])
-def test_one_forward_is_enough_for_a_plan(name, monkeypatch):
+def test_one_forward_is_enough_for_a_plan(name, forwards):
     model = randomized_model()
-    widths, run_backbone = [], model.run_backbone
-
-    def counted(**arguments):
-        widths.append(arguments["input_ids"].shape[1])
-        return run_backbone(**arguments)
-
-    monkeypatch.setattr(model, "run_backbone", counted)
     output = model.log_likelihood(random_batch(model, 3, 12), num_orders=4, **SAMPLERS[name])
-    assert len(widths) == 1
     # All masks, and the content before the last group, of the row that needs most of it.
     is_last_group = output.groups == output.groups.amax(dim=-1, keepdim=True)
-    assert widths[0] == 12 + is_last_group.long().argmax(dim=-1).max()
-    widths.clear()
+    assert forwards == [12 + is_last_group.long().argmax(dim=-1).max()]
+    forwards.clear()
     model.log_likelihood(random_batch(model, 3, 12), **PARALLEL | {"num_diffusion_steps": 1})
-    assert widths == [12], "of one group no content is needed at all"
+    assert forwards == [12], "of one group no content is needed at all"
 
 
-def test_adaptive_unmasking_takes_the_forwards_of_sampling(monkeypatch):
+def test_adaptive_unmasking_takes_the_forwards_of_sampling(forwards):
     model = randomized_model()
     output, is_real, is_given = generated(model, random_batch(model, 3, 4), **SAMPLERS["confidence"])
-    forwards, run_backbone = [], model.run_backbone
-
-    def counted(**arguments):
-        forwards.append(1)
-        return run_backbone(**arguments)
-
-    monkeypatch.setattr(model, "run_backbone", counted)
-    scored = model.log_likelihood(
-        output.sequences,
-        is_real,
-        is_given,
-        **plan_of(output),
-        generation_config=EsoGenerationConfig(**SAMPLERS["confidence"]),
-    )
+    forwards.clear()
+    config = EsoGenerationConfig(**SAMPLERS["confidence"])
+    scored = model.log_likelihood(output.sequences, is_real, is_given, generation_config=config, **plan_of(output))
     assert len(forwards) == output.num_function_evaluations == scored.num_function_evaluations.max()
 
 
@@ -470,3 +464,35 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
     model = randomized_model()
     with pytest.raises(ValueError, match=message):
         model.log_likelihood(random_batch(model, 2, 3), **arguments)
+
+
+def test_orders_of_a_generator_a_row_do_not_depend_on_the_padding():
+    model, text = randomized_model(), random_batch(randomized_model(), 2, 7)
+    generators = [torch.Generator().manual_seed(row) for row in range(2)]
+    expected = model.log_likelihood(text, num_orders=3, alpha_0=0.7, generator=generators)
+    padded = torch.nn.functional.pad(text, (2, 1))
+    is_real = torch.nn.functional.pad(torch.ones_like(text), (2, 1))
+    generators = [torch.Generator().manual_seed(row) for row in range(2)]
+    output = model.log_likelihood(padded, is_real, num_orders=3, alpha_0=0.7, generator=generators)
+    assert torch.equal(output.orders[..., :7] - 2, expected.orders)
+    torch.testing.assert_close(output.log_likelihood, expected.log_likelihood, atol=1e-4, rtol=0)
+
+
+def test_lockstep_is_no_matter_of_a_row():
+    """Rows of different lengths, which could not be generated in lockstep, are scored by their own plans."""
+    model, text = randomized_model(), random_batch(randomized_model(), 2, 6)
+    is_real = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
+    plain, lockstep = (
+        model.log_likelihood(text, is_real, generator=seeds(2), **PARALLEL, lockstep=value) for value in (None, True)
+    )
+    assert torch.equal(plain.token_log_probs, lockstep.token_log_probs)
+
+
+@pytest.mark.parametrize(("chunk_length", "widest"), [(1, 4), (5, 8), (100, 24)])
+def test_chunks_hold_as_many_slots_as_asked_for_or_a_group(chunk_length, widest, forwards):
+    """Twice as many: the tokens, and a mask for each. Six groups of two tokens."""
+    model = randomized_model()
+    plan = {"orders": random_orders(1, 12), "groups": torch.arange(12)[None] // 2}
+    model.log_likelihood(random_batch(model, 2, 12), chunk_length=chunk_length, **plan)
+    assert max(forwards) <= widest
+    assert sum(forwards) == 24
