@@ -6,7 +6,7 @@ It is the harness's own command line, with `eso` registered, for which the harne
 Python, import this module, then use `lm_eval` as ever.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lm_eval.api.registry import register_model
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .configuration_eso import EsoConfig
-from .generation_order import sample_scoring_orders
+from .generation_configuration import EsoGenerationConfig
 from .modeling_eso import EsoForMaskedDiffusion
 from .validation import require_fraction, require_positive_integer
 
@@ -28,12 +28,17 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
 
     Args:
         pretrained: Name, folder, or a model.
-        num_orders: Orders over which each likelihood is averaged. Whether a continuation is the greedy one is that of
-            the first.
+        num_orders: Orders, or plans of a sampler, over which each likelihood is averaged. Whether a continuation is
+            the greedy one is that of the first.
         alpha_0: Of likelihoods and samples; None: the model's. At 0, likelihoods are left to right, and exact.
         seed: Of the orders: the same for every request, whatever its batch.
-        num_diffusion_steps, unmasking_order, entropy_bound, confidence_threshold: Of the samples; unset: the model's.
+        num_diffusion_steps, unmasking_order, block_length, entropy_bound, confidence_threshold: A sampler: that of the
+            samples, and likelihoods are those under it (see `log_likelihood`). All unset: samples are the model's
+            own, and likelihoods those of one token a forward.
         kwargs: Those of the harness's `hf` model (batch_size, max_length, dtype, device, ...).
+
+    Raises:
+        ValueError: for numbers out of range, and for settings that exclude one another.
     """
 
     def __init__(
@@ -42,8 +47,9 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
         num_orders: int = 1,
         alpha_0: float | None = None,
         seed: int = 0,
-        num_diffusion_steps: int | None = None,
+        num_diffusion_steps: int | Literal["max"] | None = None,
         unmasking_order: str | None = None,
+        block_length: int | None = None,
         entropy_bound: float | None = None,
         confidence_threshold: float | None = None,
         **kwargs: Any,
@@ -52,14 +58,15 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
         require_positive_integer("num_orders", num_orders)
         require_fraction("alpha_0", alpha_0, or_none=True)
         self.num_orders, self.alpha_0, self.seed = num_orders, alpha_0, seed
-        settings = {
-            "alpha_0": alpha_0,
+        sampler = {
             "num_diffusion_steps": num_diffusion_steps,
             "unmasking_order": unmasking_order,
+            "block_length": block_length,
             "entropy_bound": entropy_bound,
             "confidence_threshold": confidence_threshold,
         }
-        self.generation_settings = {name: value for name, value in settings.items() if value is not None}
+        self.sampler = {name: value for name, value in sampler.items() if value is not None}
+        EsoGenerationConfig(**self.sampler)  # checks them
 
     def _loglikelihood_tokens(
         self,
@@ -69,7 +76,6 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
     ) -> list[tuple[float, bool]]:
         """(log-likelihood, whether greedy decoding would write it) of each continuation, given its context."""
         batch_size = override_bs or (self.batch_size if isinstance(self.batch_size, int) else 16)
-        alpha_0 = self.model.config.alpha_0 if self.alpha_0 is None else self.alpha_0
         # Longest first, so that memory runs out at once or never.
         order = sorted(range(len(requests)), key=lambda index: -len(requests[index][1]) - len(requests[index][2]))
         results: list[Any] = [None] * len(requests)
@@ -93,21 +99,16 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
                 input_ids[row, :length] = torch.tensor(context + continuation)
                 is_real[row, :length] = 1
                 is_given[row, : len(context)] = 1
-            # Orders of its own for each request, so that no result depends on its batch.
-            orders = []
-            for row, (context, continuation) in enumerate(rows):
-                length = len(context) + len(continuation)
-                everything = torch.ones(1, length, dtype=torch.bool)
-                drawn = sample_scoring_orders(
-                    everything,
-                    is_given[row : row + 1, :length].bool(),
-                    self.num_orders if alpha_0 > 0 else 1,
-                    alpha_0,
-                    torch.Generator().manual_seed(self.seed),
-                )[0]
-                padding = torch.arange(length, width).expand(len(drawn), -1)
-                orders.append(torch.cat([drawn, padding], dim=-1))
-            output = self.model.log_likelihood(input_ids, is_real, is_given, orders=torch.stack(orders))
+            output = self.model.log_likelihood(
+                input_ids,
+                is_real,
+                is_given,
+                num_orders=self.num_orders,
+                alpha_0=self.alpha_0,
+                # One for each request, so that no result depends on its batch.
+                generator=[torch.Generator().manual_seed(self.seed) for _ in rows],
+                **self.sampler,
+            )
             for row, index in enumerate(batch):
                 results[index] = (float(output.log_likelihood[row]), bool(output.is_greedy[row, 0].all()))
                 if requests[index][0] is not None:
@@ -121,13 +122,15 @@ class EsoHarnessLM(HFLM):  # type: ignore[misc]  # the harness has no types
             kwargs = {"do_sample": True, "temperature": temperature} | kwargs
         elif temperature == 0 or "do_sample" not in kwargs:
             kwargs["do_sample"] = False
+        if self.alpha_0 is not None:
+            kwargs = {"alpha_0": self.alpha_0} | kwargs
         return self.model.generate(
             context,
             max_length=max_length,
             stop_strings=stop,
             tokenizer=self.tokenizer,
             pad_token_id=self.tokenizer.pad_token_id,
-            **self.generation_settings | kwargs,
+            **self.sampler | kwargs,
         )
 
 

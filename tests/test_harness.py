@@ -134,6 +134,62 @@ def test_likelihoods_of_continuations_are_those_of_brute_force(folder):
     assert alone[0][0] == pytest.approx(results[-1][0], abs=1e-4)
 
 
+@torch.no_grad()
+def brute_force_of_a_sampler(lm, context: str, continuation: str, sampler: dict) -> float:
+    """Group by group, each with a forward of its own, under the plans that the seed draws."""
+    given, scored = lm._encode_pair(context, continuation)
+    text = torch.tensor([given + scored])
+    context_mask = torch.tensor([[1] * len(given) + [0] * len(scored)])
+    generator = torch.Generator().manual_seed(lm.seed)
+    plans = lm.model.log_likelihood(text, None, context_mask, 3, generator=generator, **sampler)
+    totals = []
+    for order, groups in zip(plans.orders[0].tolist(), plans.groups[0].tolist(), strict=True):
+        total = 0.0
+        for number in range(1, max(groups) + 1):
+            start, stop = groups.index(number), len(groups) - groups[::-1].index(number)
+            masks = torch.full((stop - start,), lm.model.config.mask_token_id)
+            ids = torch.cat([text[0, order[:start]], masks])[None]
+            logits = lm.model(ids, position_ids=torch.tensor([order[:stop]])).logits[0, start:]
+            total += float(logits.log_softmax(dim=-1).gather(1, text[0, order[start:stop], None]).sum())
+        totals.append(total)
+    assert max(groups) < len(scored), "some tokens are drawn together"
+    return float(torch.tensor(totals).logsumexp(0) - math.log(3))
+
+
+@pytest.mark.parametrize(
+    "sampler", [{"num_diffusion_steps": 2, "unmasking_order": "strided"}, {"num_diffusion_steps": 1, "block_length": 5}]
+)
+def test_likelihoods_are_those_of_the_sampler(folder, sampler):
+    lm = EsoHarnessLM(str(folder), num_orders=3, device="cpu", batch_size=4, alpha_0=1.0, seed=4, **sampler)
+    pairs = [("The", " quick brown fox jumps over"), ("The lazy", " dog jumps over the quick brown fox.")]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    results = lm.loglikelihood(requests, disable_tqdm=True)
+    for pair, (log_likelihood, _) in zip(pairs, results, strict=True):
+        expected = brute_force_of_a_sampler(lm, *pair, sampler={"alpha_0": 1.0} | sampler)
+        assert log_likelihood == pytest.approx(expected, abs=1e-3)
+    one_by_one = EsoHarnessLM(str(folder), num_orders=3, device="cpu", alpha_0=1.0, seed=4)
+    assert abs(one_by_one.loglikelihood(requests, disable_tqdm=True)[0][0] - results[0][0]) > 0.01
+
+
+def test_adaptive_unmasking_is_scored_as_it_decides(folder):
+    lm = EsoHarnessLM(str(folder), device="cpu", batch_size=2, alpha_0=1.0, entropy_bound=20.0)
+    pairs = [("The", " quick brown fox jumps over"), ("", " dog")]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]
+    together = lm.loglikelihood(requests, disable_tqdm=True)
+    alone = [lm.loglikelihood([request], disable_tqdm=True)[0] for request in requests]
+    assert [value for value, _ in together] == pytest.approx([value for value, _ in alone], abs=1e-3)
+    given, scored = lm._encode_pair(*pairs[0])
+    output = lm.model.log_likelihood(
+        torch.tensor([given + scored]),
+        context_mask=torch.tensor([[1] * len(given) + [0] * len(scored)]),
+        generator=torch.Generator().manual_seed(0),
+        alpha_0=1.0,
+        entropy_bound=20.0,
+    )
+    assert together[0][0] == pytest.approx(output.log_likelihood.item(), abs=1e-3)
+    assert output.num_function_evaluations.item() < len(scored)
+
+
 def test_full_windows_keep_a_token_of_context(folder):
     """Rolling windows of max_length tokens, each given the token before it."""
     lm = EsoHarnessLM(str(folder), device="cpu", alpha_0=0.0, max_length=4)
@@ -163,7 +219,10 @@ def test_a_temperature_of_zero_is_greedy(folder):
     assert len(texts) == 1
 
 
-@pytest.mark.parametrize("arguments", [{"alpha_0": 2}, {"num_orders": 0}, {"num_orders": "all"}])
+@pytest.mark.parametrize(
+    "arguments",
+    [{"alpha_0": 2}, {"num_orders": 0}, {"num_orders": "all"}, {"num_diffusion_steps": 0}, {"entropy_bound": -1}],
+)
 def test_model_arguments_are_checked(folder, arguments):
     with pytest.raises(ValueError, match=f"`{next(iter(arguments))}` must be"):
         EsoHarnessLM(str(folder), device="cpu", **arguments)
