@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .generation_configuration import EsoGenerationConfig
 from .modeling_objective import IGNORED_LABEL
 from .training_collator import DataCollatorForHybridMaskedDiffusion
 from .validation import is_number, require_positive_integer
@@ -98,13 +99,15 @@ class ExponentialMovingAverageCallback(TrainerCallback):
 
 
 class HeldOutEvaluationCallback(TrainerCallback):
-    """Reports the NELBO and the perplexity of held-out texts, and samples, through the trainer's own `log`.
+    """Logs the NELBO of held-out texts, how well samplers do on them, and samples, through the trainer's own `log`.
 
     Nothing of it depends on the state of the training's random numbers, or changes it: two checkpoints are compared on
     the same texts, with the same noise. Logged are `held_out_nelbo` (nats per token), its standard error over the
-    texts, `held_out_perplexity` (exp of the NELBO, an upper bound) and, with a tokenizer, `samples` in
-    `trainer.state.log_history`. (They come after the trainer's own metrics, so `metric_for_best_model` cannot name
-    them.)
+    texts, `held_out_perplexity` (exp of the NELBO, an upper bound); for each sampler `held_out_<name>`, exact nats per
+    token under it, its standard error, and `held_out_<name>_forwards`, those that such a text takes (but for `lossless`
+    ones, whose forwards depend on chance); and, with a
+    tokenizer, `samples` in `trainer.state.log_history`. (They come after the trainer's own metrics, so
+    `metric_for_best_model` cannot name them.)
 
     Args:
         trainer: The trainer; add the callback to it by `trainer.add_callback`.
@@ -112,14 +115,16 @@ class HeldOutEvaluationCallback(TrainerCallback):
             there are any.
         every: Optimiser steps between evaluations; the last step is always evaluated. None: when the trainer
             evaluates, and at the end.
-        num_draws: Draws of the noise for each text.
+        num_draws: Draws of the noise for each text, and of plans for each sampler.
+        samplers: Settings of `generate` by name, for `log_likelihood`: `{"16_steps": {"num_diffusion_steps": 16}}`,
+            say. A mean of -log p(text | plan) over plans, the same ones each time.
         tokenizer: Decodes the samples; None: no samples.
         num_samples, generation_settings: How many samples, and the arguments of `generate` for them.
-        seed: Of the noise.
+        seed: Of the noise, and of the plans.
         average: Keeps averaged weights, which are then the ones to evaluate.
 
     Raises:
-        ValueError: for a dataset without tokens to score, or numbers out of range.
+        ValueError: for a dataset without tokens to score, numbers out of range, or settings that make no sampler.
     """
 
     def __init__(
@@ -133,11 +138,15 @@ class HeldOutEvaluationCallback(TrainerCallback):
         generation_settings: Mapping[str, Any] | None = None,
         seed: int = 0,
         average: ExponentialMovingAverageCallback | None = None,
+        samplers: Mapping[str, Mapping[str, Any]] | None = None,
     ):
         if every is not None:
             require_positive_integer("every", every)
         require_positive_integer("num_draws", num_draws)
         require_positive_integer("num_samples", num_samples)
+        self.samplers = {name: dict(settings) for name, settings in (samplers or {}).items()}
+        for name, settings in self.samplers.items():
+            _require_sampler(name, settings)
         if len(dataset) == 0:
             raise ValueError("`dataset` must hold at least one text.")
         self.trainer, self.every, self.num_draws, self.seed = trainer, every, num_draws, seed
@@ -153,26 +162,29 @@ class HeldOutEvaluationCallback(TrainerCallback):
         self.evaluated_step: int | None = None
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Held-out NELBO in nats per token, its standard error over the texts, and the perplexity."""
+        """What is logged, but for samples: the NELBO in nats per token, the perplexity, and the samplers'."""
         eso = self.trainer.accelerator.unwrap_model(model)
+        texts = tuple(tensor.to(eso.device) for tensor in (self.input_ids, self.is_real, self.is_given))
         generator = torch.Generator().manual_seed(self.seed)
-        device = eso.device
-        output = eso.nelbo(
-            self.input_ids.to(device),
-            self.is_real.to(device),
-            self.is_given.to(device),
-            num_draws=self.num_draws,
-            generator=generator,
-        )
-        nelbo = output.nelbo.double().cpu()
-        per_token = float(nelbo.sum() / self.tokens.sum())
-        deviations, count = nelbo - per_token * self.tokens, len(nelbo)
+        nelbo = eso.nelbo(*texts, num_draws=self.num_draws, generator=generator).nelbo
+        report = self._per_token("held_out_nelbo", nelbo)
+        report["held_out_perplexity"] = math.exp(min(report["held_out_nelbo"], 700))
+        for name, settings in self.samplers.items():
+            # One for each text, so that all samplers of the same order have the same plans, as far as they go.
+            generators = [torch.Generator().manual_seed(self.seed + row) for row in range(len(self.input_ids))]
+            output = eso.log_likelihood(*texts, num_orders=self.num_draws, generator=generators, **settings)
+            report |= self._per_token(f"held_out_{name}", -output.log_likelihood_per_order.double().mean(dim=1))
+            if (forwards := output.num_function_evaluations) is not None:
+                report[f"held_out_{name}_forwards"] = float(forwards.double().mean())
+        return report
+
+    def _per_token(self, name: str, nats: torch.Tensor) -> dict[str, float]:
+        """Of nats (texts,) those per token, and the standard error over the texts."""
+        nats, count = nats.double().cpu(), len(nats)
+        mean = float(nats.sum() / self.tokens.sum())
+        deviations = nats - mean * self.tokens
         error = float(deviations.square().sum().sqrt() / self.tokens.sum()) if count > 1 else math.nan
-        return {
-            "held_out_nelbo": per_token,
-            "held_out_nelbo_standard_error": error * math.sqrt(count / max(count - 1, 1)),
-            "held_out_perplexity": math.exp(min(per_token, 700)),
-        }
+        return {name: mean, f"{name}_standard_error": error * math.sqrt(count / max(count - 1, 1))}
 
     def sample(self, model: nn.Module) -> list[str]:
         """Texts from the model, from the same random numbers each time."""
@@ -215,6 +227,18 @@ class HeldOutEvaluationCallback(TrainerCallback):
     ) -> None:
         if self.evaluated_step != state.global_step:
             self._report(state, control, model)
+
+
+def _require_sampler(name: str, settings: dict[str, Any]) -> None:
+    """Raises a ValueError for settings that no sampler has, and for a name that is taken."""
+    if name in ("nelbo", "perplexity"):
+        raise ValueError(f"`samplers` must not have the name {name!r}: it is that of another number.")
+    try:
+        unknown = EsoGenerationConfig().update(**settings)
+    except ValueError as error:
+        raise ValueError(f"`samplers[{name!r}]`: {error}") from error
+    if unknown:
+        raise ValueError(f"`samplers[{name!r}]`: {sorted(unknown)} are not settings of `generate`.")
 
 
 def _like(source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """The callback: the same texts and noise at each evaluation, and no trace in the training."""
 
+import itertools
 import math
 
 import pytest
@@ -12,7 +13,7 @@ from eso_lm import DataCollatorForHybridMaskedDiffusion, HeldOutEvaluationCallba
 MASK = 23
 
 
-def train(tmp_path, every=None, callback=True, **arguments):
+def train(tmp_path, every=None, callback=True, samplers=None, **arguments):
     torch.manual_seed(0)
     model = randomized_model(vocab_size=300, mask_token_id=MASK, hidden_dropout=0.1)
     tokenizer = tiny_tokenizer()
@@ -28,7 +29,12 @@ def train(tmp_path, every=None, callback=True, **arguments):
     )
     if callback:
         evaluation = HeldOutEvaluationCallback(
-            trainer, held_out, every=every, tokenizer=tokenizer, generation_settings={"max_new_tokens": 5}
+            trainer,
+            held_out,
+            every=every,
+            tokenizer=tokenizer,
+            generation_settings={"max_new_tokens": 5},
+            samplers=samplers,
         )
         trainer.add_callback(evaluation)
     trainer.train()
@@ -56,8 +62,40 @@ def test_reports_are_logged_and_repeat(tmp_path):
     assert callback.evaluate(model)["held_out_nelbo"] == pytest.approx(expected, abs=6 * error)
 
 
+def test_samplers_are_scored_under_the_same_plans(tmp_path):
+    """Held-out rows of 3 and, after a prompt of one token, of 3 tokens, against a forward for every group."""
+    samplers = {
+        "at_once": {"num_diffusion_steps": 1, "alpha_0": 1.0},
+        "bounded": {"entropy_bound": 5.0, "alpha_0": 1.0},
+        "lossless": {"lossless": True, "alpha_0": 0.0},
+    }
+    trainer = train(tmp_path, every=2, learning_rate=0.0, samplers=samplers)
+    reports = [entry for entry in trainer.state.log_history if "held_out_nelbo" in entry]
+    for name in samplers:
+        assert reports[0][f"held_out_{name}"] == reports[1][f"held_out_{name}"]
+        assert reports[0][f"held_out_{name}_standard_error"] > 0
+    report, model = reports[0], trainer.model.eval()
+    assert report["held_out_at_once_forwards"] == 1
+    assert 1 <= report["held_out_bounded_forwards"] <= 3
+    assert "held_out_lossless_forwards" not in report
+    # Masks in all orders of 3 tokens, which 4 plans a row sample: between the best and the worst of them.
+    lows = highs = left_to_right = 0.0
+    for row, given in (([1, 2, 3], 0), ([4, 5, 6, 7], 1)):
+        totals = []
+        for places in itertools.permutations(range(given, len(row))):
+            ids = torch.tensor([row[:given] + [MASK] * len(places)])
+            with torch.no_grad():
+                logits = model(ids, position_ids=torch.tensor([[*range(given), *places]])).logits[0, given:]
+            totals.append(-float(logits.log_softmax(-1)[range(3), [row[place] for place in places]].sum()))
+        lows, highs = lows + min(totals), highs + max(totals)
+        masks = torch.tensor([[1] * given + [0] * 3])
+        left_to_right -= model.log_likelihood(torch.tensor([row]), context_mask=masks, alpha_0=0.0).log_likelihood
+    assert lows / 6 < report["held_out_at_once"] < highs / 6
+    assert report["held_out_lossless"] == pytest.approx(float(left_to_right) / 6, abs=1e-5)
+
+
 def test_the_training_does_not_notice(tmp_path):
-    with_callback = train(tmp_path, every=1)
+    with_callback = train(tmp_path, every=1, samplers={"at_once": {"num_diffusion_steps": 1}})
     without = train(tmp_path, callback=False)
     for name, parameter in with_callback.model.state_dict().items():
         assert torch.equal(parameter, without.model.state_dict()[name])
@@ -92,6 +130,9 @@ def test_padding_of_the_examples_is_not_scored(tmp_path):
         ({"dataset": []}, "at least one t"),
         ({"dataset": [{"input_ids": [1, 2], "labels": [-100, -100]}]}, "not part of a prompt"),
         ({"every": 0}, "`every` must be a positive integer, got 0"),
+        ({"samplers": {"few": {"num_diffusion_steps": 0}}}, r"`samplers\['few'\]`: `num_diffusion_steps` must be"),
+        ({"samplers": {"few": {"steps": 4}}}, r"`samplers\['few'\]`: \['steps'\] are not settings of `generate`"),
+        ({"samplers": {"nelbo": {}}}, "must not have the name 'nelbo'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
