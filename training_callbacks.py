@@ -104,10 +104,9 @@ class HeldOutEvaluationCallback(TrainerCallback):
     Nothing of it depends on the state of the training's random numbers, or changes it: two checkpoints are compared on
     the same texts, with the same noise. Logged are `held_out_nelbo` (nats per token), its standard error over the
     texts, `held_out_perplexity` (exp of the NELBO, an upper bound); for each sampler `held_out_<name>`, exact nats per
-    token under it, its standard error, and `held_out_<name>_forwards`, those that such a text takes (but for `lossless`
-    ones, whose forwards depend on chance); and, with a
-    tokenizer, `samples` in `trainer.state.log_history`. (They come after the trainer's own metrics, so
-    `metric_for_best_model` cannot name them.)
+    token under it, its standard error, and `held_out_<name>_forwards`, those that such a text takes (`lossless` ones
+    depend on chance and are not told); and, with a tokenizer, `samples` in `trainer.state.log_history`. (They come
+    after the trainer's own metrics, so `metric_for_best_model` cannot name them.)
 
     Args:
         trainer: The trainer; add the callback to it by `trainer.add_callback`.

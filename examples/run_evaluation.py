@@ -3,9 +3,11 @@
 python examples/run_evaluation.py --model outputs/quickstart --data my_texts --output outputs/evaluation
 python examples/run_evaluation.py --model my-eso-lm --data wikitext --data_config wikitext-2-raw-v1 --split test
 python examples/run_evaluation.py --model my-eso-lm --data held_out.jsonl --num_samples 256 --judge gpt2-large
+python examples/run_evaluation.py --model my-eso-lm --data held_out.jsonl --budgets 4 8 16 --entropy_bounds 4 16
 
 `--data` is a file (.txt, .jsonl, .json, .parquet), a folder of .txt files, or the name of a dataset on the Hub. Writes
-`evaluation.json`, with all settings, and `bound.png`, the bound on the perplexity against the number of orders.
+`evaluation.json`, with all settings, and `bound.png`, the bound on the perplexity against the number of orders; with
+`--budgets`, exact nats per token under samplers at so many forwards, also `budgets.md` and `budgets.png`.
 """
 
 import json
@@ -17,7 +19,7 @@ from pathlib import Path
 import evaluate
 import torch
 import transformers
-from matplotlib.figure import Figure
+from likelihoods import ORDERS, budget_settings, budgets_report, plot_bound, plot_budgets, score_orders, score_samplers
 from text_data import load_texts, pack
 from transformers import (
     AutoConfig,
@@ -53,6 +55,20 @@ class Arguments:
         default=16, metadata={"help": "the most orders of a likelihood; 1, 2, 4, ... are reported"}
     )
     num_nelbo_draws: int = field(default=16, metadata={"help": "draws of the noise for each sequence"})
+    budgets: list[int] = field(
+        default_factory=list,
+        metadata={"help": "numbers of diffusion steps of samplers to score the text under"},
+    )
+    budget_orders: list[str] = field(
+        default_factory=lambda: ["random", "strided"], metadata={"help": f"their unmasking orders, of {ORDERS}"}
+    )
+    budget_alphas: list[float] = field(
+        default_factory=list, metadata={"help": "their alpha_0; unset: `alpha_0`, or the model's"}
+    )
+    entropy_bounds: list[float] = field(
+        default_factory=list, metadata={"help": "of adaptive samplers beside them (a forward a group: slower)"}
+    )
+    num_plans: int = field(default=3, metadata={"help": "plans that a text is scored under, for each sampler but adaptive ones"})
     num_samples: int = field(default=0, metadata={"help": "texts to generate and judge"})
     sample_length: int | None = field(default=None, metadata={"help": "tokens a sample; unset: `length`"})
     num_diffusion_steps: int | None = None
@@ -75,9 +91,21 @@ class Arguments:
         for name in ("length", "sample_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_sequences", "num_orders", "num_nelbo_draws", "batch_size"):
+        for name in ("max_sequences", "num_orders", "num_nelbo_draws", "num_plans", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`--{name}` must be at least 1, got {getattr(self, name)}.")
+        if self.budgets and self.data is None:
+            raise ValueError("`--budgets` scores texts: give `--data` too.")
+        if (self.entropy_bounds or self.budget_alphas) and not self.budgets:
+            raise ValueError("`--entropy_bounds` and `--budget_alphas` add to `--budgets`: give that too.")
+        if any(count < 1 for count in self.budgets):
+            raise ValueError(f"`--budgets` must be at least 1, got {self.budgets}.")
+        if not set(self.budget_orders) <= set(ORDERS):
+            raise ValueError(f"`--budget_orders` must be some of {ORDERS}, got {self.budget_orders}.")
+        if not all(0 <= alpha_0 <= 1 for alpha_0 in self.budget_alphas):
+            raise ValueError(f"`--budget_alphas` must be in [0, 1], got {self.budget_alphas}.")
+        if not all(bound >= 0 for bound in self.entropy_bounds):
+            raise ValueError(f"`--entropy_bounds` must not be negative, got {self.entropy_bounds}.")
         if self.mauve and (self.data is None or self.judge is None or self.num_samples == 0):
             raise ValueError(
                 "`--mauve` compares samples with data by a judge: give `--data`, `--judge`, `--num_samples`."
@@ -114,45 +142,6 @@ def sequences(
     special = set(tokenizer.all_special_ids)
     num_tokens = sum(token not in special for row in rows for token in row)
     return input_ids, attention_mask, round(bytes_per_token * num_tokens)
-
-
-def per_token(nats: torch.Tensor, tokens: torch.Tensor, num_bytes: int) -> dict[str, float]:
-    """A ratio of sums over sequences, with its standard error: nats (sequences,) over tokens (sequences,)."""
-    nats, tokens = nats.double().cpu(), tokens.double()
-    mean = float(nats.sum() / tokens.sum())
-    count = len(nats)
-    deviation = (nats - mean * tokens).square().sum().sqrt() / tokens.sum()
-    error = float(deviation) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
-    return {
-        "nats_per_token": mean,
-        "standard_error": error,
-        "bits_per_token": mean / math.log(2),
-        "bits_per_byte": float(nats.sum()) / math.log(2) / max(num_bytes, 1),
-        "perplexity": math.exp(mean),
-    }
-
-
-def likelihoods(model: EsoForMaskedDiffusion, input_ids, attention_mask, num_bytes: int, args: Arguments) -> dict:
-    """NELBO and the bounds of 1, 2, 4, ... orders, all per token."""
-    tokens = attention_mask.sum(dim=-1)
-    arguments = {"attention_mask": attention_mask, "alpha_0": args.alpha_0}
-    generator = torch.Generator().manual_seed(args.seed)
-    nelbo = model.nelbo(input_ids, num_draws=args.num_nelbo_draws, generator=generator, **arguments)
-    output = model.log_likelihood(input_ids, num_orders=args.num_orders, generator=generator, **arguments)
-    bounds, num_orders = {}, 1
-    while num_orders <= args.num_orders:
-        # Each sequence has as many estimates as fit into its orders; they all count.
-        groups = output.log_likelihood_per_order[:, : args.num_orders // num_orders * num_orders]
-        groups = groups.double().unflatten(1, (-1, num_orders)).logsumexp(dim=-1) - math.log(num_orders)
-        bounds[num_orders] = per_token(-groups.mean(dim=-1), tokens, num_bytes)
-        num_orders *= 2
-    return {
-        "sequences": len(input_ids),
-        "tokens": int(tokens.sum()),
-        "bytes": num_bytes,
-        "nelbo": per_token(nelbo.nelbo, tokens, num_bytes),
-        "bound_by_num_orders": bounds,
-    }
 
 
 def generate(model: EsoForMaskedDiffusion, length: int, args: Arguments) -> tuple[torch.LongTensor, float]:
@@ -210,28 +199,6 @@ def mauve_score(texts: list[str], references: list[str], args: Arguments) -> flo
     return float(outcome.mauve)
 
 
-def plot_bound(results: dict, path: Path) -> None:
-    """Draws the bound on the perplexity against the number of orders, with the NELBO's above it."""
-    bounds = results["bound_by_num_orders"]
-    figure = Figure(figsize=(5, 3.6))
-    axes = figure.subplots()
-    axes.errorbar(
-        list(bounds),
-        [bound["nats_per_token"] for bound in bounds.values()],
-        yerr=[bound["standard_error"] for bound in bounds.values()],
-        marker="o",
-        capsize=3,
-        label="exact likelihood over K orders",
-    )
-    axes.axhline(results["nelbo"]["nats_per_token"], linestyle="--", color="grey", label="NELBO")
-    axes.set_xscale("log", base=2)
-    axes.set_xlabel("orders K")
-    axes.set_ylabel("negative log-likelihood (nats per token)")
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-
-
 def without_nan(value):
     """JSON has no NaN: it becomes null."""
     if isinstance(value, dict):
@@ -248,6 +215,9 @@ def write(results: dict, output: Path) -> None:
     (output / "evaluation.json").write_text(text + "\n", encoding="utf-8")
     if "likelihood" in results:
         plot_bound(results["likelihood"], output / "bound.png")
+    if "budgets" in results:
+        (output / "budgets.md").write_text(budgets_report(results["budgets"]), encoding="utf-8")
+        plot_budgets(results["budgets"], output / "budgets.png")
 
 
 def main(args: Arguments) -> dict:
@@ -265,8 +235,18 @@ def main(args: Arguments) -> dict:
         texts = load_texts(args.data, args.data_config, args.split, args.text_column)
         input_ids, attention_mask, num_bytes = sequences(texts, tokenizer, length, args)
         references = tokenizer.batch_decode(input_ids, skip_special_tokens=True)
-        results["likelihood"] = likelihoods(model, input_ids, attention_mask, num_bytes, args)
+        scored = (model, input_ids, attention_mask, num_bytes)
+        results["likelihood"] = score_orders(
+            *scored, args.alpha_0, args.num_orders, num_nelbo_draws=args.num_nelbo_draws, seed=args.seed
+        )
         write(results, args.output)
+        if args.budgets:
+            alpha_0 = model.config.alpha_0 if args.alpha_0 is None else args.alpha_0
+            samplers = budget_settings(
+                args.budget_alphas or [alpha_0], args.budget_orders, args.budgets, args.entropy_bounds
+            )
+            results["budgets"] = score_samplers(*scored, list(samplers), num_plans=args.num_plans, seed=args.seed)
+            write(results, args.output)
     if args.num_samples > 0:
         samples, forwards = generate(model, args.sample_length or length, args)
         texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
@@ -282,6 +262,8 @@ def main(args: Arguments) -> dict:
                 f"{name:>14}  {row['nats_per_token']:10.4f}  {row['standard_error']:7.4f}  {row['perplexity']:10.3f}  "
                 f"{row['bits_per_byte']:9.4f}"
             )
+    if args.budgets:
+        print(budgets_report(results["budgets"]))
     for name, value in results.get("samples", {}).items():
         print(f"{name:>28}  {value:.4f}")
     print(f"Wrote {args.output / 'evaluation.json'}")

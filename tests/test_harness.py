@@ -157,7 +157,8 @@ def brute_force_of_a_sampler(lm, context: str, continuation: str, sampler: dict)
 
 
 @pytest.mark.parametrize(
-    "sampler", [{"num_diffusion_steps": 2, "unmasking_order": "strided"}, {"num_diffusion_steps": 1, "block_length": 5}]
+    "sampler",
+    [{"num_diffusion_steps": 2, "unmasking_order": "strided"}, {"num_diffusion_steps": 1, "block_length": 5}],
 )
 def test_likelihoods_are_those_of_the_sampler(folder, sampler):
     lm = EsoHarnessLM(str(folder), num_orders=3, device="cpu", batch_size=4, alpha_0=1.0, seed=4, **sampler)

@@ -7,7 +7,8 @@ import pytest
 import run_evaluation
 import torch
 from datasets import Dataset
-from run_evaluation import Arguments, main, per_token
+from likelihoods import describe, per_token
+from run_evaluation import Arguments, main
 from text_data import load_texts
 from tiny_models import save_with_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,6 +73,57 @@ def test_evaluation_reports_what_the_model_says(folder, data, tmp_path, per_docu
     exact = model.log_likelihood(ids, mask, num_orders=400, alpha_0=0.5).log_likelihood.sum() / mask.sum()
     assert -exact < bounds[-1]
     assert -exact == pytest.approx(bounds[-1], abs=0.2)
+
+
+@pytest.mark.parametrize("per_document", [False, True])
+def test_budgets_are_exact_likelihoods_at_their_forwards(folder, data, tmp_path, per_document):
+    arguments = Arguments(
+        model=str(folder / "eso"),
+        data=str(data / "texts.jsonl"),
+        output=tmp_path,
+        per_document=per_document,
+        length=14,
+        max_sequences=6,
+        num_orders=1,
+        budgets=[1, 4],
+        budget_alphas=[1.0, 0.0],
+        entropy_bounds=[15.0],
+        num_plans=2,
+    )
+    points = main(arguments)["budgets"]
+    assert json.loads((tmp_path / "evaluation.json").read_text())["budgets"] == points
+    assert (tmp_path / "budgets.png").stat().st_size > 5000
+    by_name = {describe(point["setting"]): point for point in points}
+    table = (tmp_path / "budgets.md").read_text()
+    assert [row.split(" | ")[0] for row in table.splitlines()[2:]] == [f"| {name}" for name in by_name]
+    for order in ("random", "strided"):
+        at_once, one_by_one, lossless, bounded = (
+            by_name[f"α₀ = 1, {how}, {order}"]
+            for how in ("1 step", "one token a forward", "lossless", "entropy bound 15")
+        )
+        assert at_once["forwards"] == 1
+        assert 1 < bounded["forwards"] < one_by_one["forwards"]
+        assert 1 < lossless["forwards"] < one_by_one["forwards"]
+    left_to_right = by_name["α₀ = 0, one token a forward, left to right"]
+    model = run_evaluation.AutoModel.from_pretrained(folder / "eso")
+    tokenizer = run_evaluation.AutoTokenizer.from_pretrained(folder / "eso")
+    texts = load_texts(arguments.data)
+    ids, mask, _ = run_evaluation.sequences(texts, tokenizer, 14, arguments)
+    nats = 0.0
+    for row, length in zip(ids, mask.sum(dim=-1).tolist(), strict=True):
+        for slot in range(length):
+            seen = torch.cat([row[:slot], torch.tensor([model.config.mask_token_id])])[None]
+            with torch.no_grad():
+                logits = model(seen, position_ids=torch.arange(slot + 1)[None]).logits[0, -1]
+            nats -= float(logits.log_softmax(-1)[row[slot]])
+    assert left_to_right["nats_per_token"] == pytest.approx(nats / int(mask.sum()), abs=1e-4)
+    assert left_to_right["forwards"] == pytest.approx(mask.sum(dim=-1).double().mean())
+    rows = dict(zip(by_name, table.splitlines()[2:], strict=True))
+    for name, point in by_name.items():
+        of_as_few = [other["nats_per_token"] for other in points if other["forwards"] <= point["forwards"]]
+        is_bold = "**" in rows[name]
+        assert is_bold <= (point["nats_per_token"] == min(of_as_few)), name
+        assert any("**" in rows[other] and by_name[other]["nats_per_token"] == min(of_as_few) for other in rows), name
 
 
 def test_results_are_valid_json_and_written_as_they_come(folder, data, tmp_path, monkeypatch):
@@ -140,6 +192,13 @@ def test_standard_errors_cover_the_truth():
         ({"num_samples": -1}, "must not be negative, got -1"),
         ({"data": "a", "judge": "j"}, "`--judge` judges samples"),
         ({"data": "a", "length": 0}, "`--length` must be at least 1, got 0"),
+        ({"num_samples": 1, "budgets": [4]}, "`--budgets` scores texts"),
+        ({"data": "a", "entropy_bounds": [4.0]}, "add to `--budgets`"),
+        ({"data": "a", "budgets": [4, 0]}, r"`--budgets` must be at least 1, got \[4, 0\]"),
+        ({"data": "a", "budgets": [4], "budget_orders": ["typo"]}, "`--budget_orders` must be some of"),
+        ({"data": "a", "budgets": [4], "budget_alphas": [2.0]}, r"`--budget_alphas` must be in \[0, 1\]"),
+        ({"data": "a", "budgets": [4], "entropy_bounds": [-1.0]}, "`--entropy_bounds` must not be negative"),
+        ({"data": "a", "num_plans": 0}, "`--num_plans` must be at least 1, got 0"),
     ],
 )
 def test_arguments_are_checked(arguments, message):
