@@ -47,11 +47,12 @@ class EsoGenerationConfig(GenerationConfig):
         num_diffusion_steps (`int` or `str`, *optional*): T, the time steps of the diffusion phase. Steps that reveal
             nothing cost no forward. `None`: as many as there are tokens to generate, of which some share a step;
             "max": so many that no two tokens do, which is one token a forward.
-        unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (the default; as in
-            training), "strided" (far apart from one another, as many a stride as there are steps; without
+        unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (as in training),
+            "strided" (far apart from one another, as many a stride as there are steps; without
             `num_diffusion_steps`, strides of about the square root of the length, taken token by token) or
-            "left_to_right". The diffusion phase of a strided order has a whole number of strides, so that with few of
-            them and a small `alpha_0` single runs are far from the expected fraction.
+            "left_to_right". `None`: strided where tokens are to share forwards, by a number of steps or `lossless`,
+            since that costs them least; otherwise random. The diffusion phase of a strided order has a whole number of
+            strides, so that with few of them and a small `alpha_0` single runs are far from the expected fraction.
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
             diffusion steps are shared among them. Generation stops with the block in which every row has ended.
             `None`: one block.
@@ -103,7 +104,7 @@ class EsoGenerationConfig(GenerationConfig):
 
     @staticmethod
     def _get_default_generation_params() -> dict:
-        defaults = {"do_sample": True, "top_k": None, "unmasking_order": "random"}
+        defaults = {"do_sample": True, "top_k": None}
         return GenerationConfig._get_default_generation_params() | defaults
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
@@ -168,6 +169,12 @@ class EsoGenerationConfig(GenerationConfig):
     def is_adaptive(self) -> bool:
         """Whether every forward of the diffusion phase decides itself how many tokens it keeps."""
         return self.confidence_threshold is not None or self.entropy_bound is not None
+
+    @property
+    def order(self) -> str:
+        """The unmasking order, also where it is not set."""
+        shares_forwards = is_integer(self.num_diffusion_steps) or self.lossless
+        return self.unmasking_order or ("strided" if shares_forwards else "random")
 
 
 @dataclass

@@ -87,7 +87,7 @@ def plan_rows(canvas: Canvas, generator: Generators, alpha_0: float, settings: E
     plan: dict[str, Any] = {
         "alpha_0": alpha_0,
         "num_steps": settings.num_diffusion_steps,
-        "unmasking_order": settings.unmasking_order,
+        "unmasking_order": settings.order,
         "block_length": settings.block_length,
         "is_adaptive": settings.is_adaptive,
     }

@@ -100,7 +100,7 @@ class ParallelUnmasking(DecodingStrategy):
             plan,
             (settings.num_candidates or DEFAULT_NUM_CANDIDATES) if settings.is_adaptive else None,
             # Text that is to grow in order is tried again at once.
-            requeues=settings.unmasking_order != "left_to_right",
+            requeues=settings.order != "left_to_right",
         )
         self.in_lockstep = self.schedule.in_lockstep
         self.order, self.cached = self.schedule.order, self.schedule.cached

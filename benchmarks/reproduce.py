@@ -39,6 +39,7 @@ from transformers import (
 from eso_lm import EsoForMaskedDiffusion
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
+from likelihoods import per_token
 from quickstart import has_fast_bfloat16
 from reproduction_report import budgets_report, plot_budgets, plot_likelihood, plot_quality, plot_steps, report
 from reproduction_systems import SCALES, Scale, alpha_of, new_model, objective_of, samplers, scorers, systems
@@ -159,9 +160,9 @@ def budgets(name: str, model: EsoForMaskedDiffusion, corpus: Corpus, args: argpa
         set_seed(args.seed)
         # So many rows at a time as are sampled: in a baseline, those of a call share the number of tokens of a step.
         parts = [score(rows) for rows in corpus.held_out.to(args.device).split(args.sampling_batch)]
-        log_likelihood, forwards = (torch.cat(values) for values in zip(*parts, strict=True))
-        point = {"system": name, "setting": setting, "nfe": forwards.double().mean().item()}
-        points.append(point | {"nats": over_rows(-log_likelihood / corpus.held_out.shape[1])})
+        nats, forwards = (torch.cat(values) for values in zip(*parts, strict=True))
+        point = {"system": name, "setting": setting, "forwards": forwards.double().mean().item()}
+        points.append(point | per_token(nats, torch.full(nats.shape, corpus.held_out.shape[1])))
     return points
 
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import matplotlib
+from likelihoods import WAYS, curve, describe, frontier, way_of
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from reporting import table
@@ -12,14 +13,6 @@ from reproduction_systems import ALPHAS, BLOCKS, alpha_of, systems
 COLORS = dict(zip(systems(), matplotlib.colormaps["tab10"].colors, strict=False))
 DOT = {"marker": "o", "markersize": 4, "linewidth": 1.3}
 DOTS = dict.fromkeys(systems(), DOT) | {"ar": {"marker": "s", "markersize": 9}}  # AR, below the dot of α₀ = 0
-STAR = {"linestyle": "", "marker": "*", "markersize": 12}
-WAYS = {  # how Eso-LMs choose what a forward decides, see `way_of`
-    "strided": {"linestyle": "-"},
-    "random": {"linestyle": "--"},
-    "entropy bound, strided": {"linestyle": ":"},
-    "lossless, strided": STAR,
-    "lossless, random": STAR | {"markerfacecolor": "white"},
-}
 
 
 def text_point(points: list[dict]) -> dict:
@@ -46,16 +39,11 @@ def split_lossless(points: list[dict]) -> tuple[list[dict], list[dict]]:
     return [point for point in points if point not in lossless], lossless
 
 
-def describe(setting: dict) -> str:
-    if "unmasking_order" not in setting:
-        return f"{setting['steps']} steps" if "steps" in setting else "left to right"
-    if setting.get("lossless"):
-        how = "lossless"
-    elif "entropy_bound" in setting:
-        how = f"entropy bound {setting['entropy_bound']:g}"
-    else:
-        how = f"{setting['num_diffusion_steps']} steps"
-    return f"α₀ = {setting['alpha_0']:g}, {how}, {setting['unmasking_order']}"
+def describe_system(setting: dict) -> str:
+    """The setting of any system's sampler."""
+    if "alpha_0" in setting:
+        return describe(setting)
+    return f"{setting['steps']} steps" if "steps" in setting else "left to right"
 
 
 def with_perplexity(nats: dict[str, float]) -> str:
@@ -96,7 +84,7 @@ def report(results: dict) -> str:
         ]
         perplexity = math.exp(point["judge_nats"])
         samples.append(
-            f"{names[point['system']]} | {describe(point['setting'])} | {point['nfe']:.1f} | "
+            f"{names[point['system']]} | {describe_system(point['setting'])} | {point['nfe']:.1f} | "
             f"{1e3 * point['seconds']:.1f} | {perplexity:.1f} ± {perplexity * point['judge_standard_error']:.1f} | "
             f"{point['entropy']:.2f} | {', '.join(fronts)}"
         )
@@ -202,28 +190,14 @@ def plot_steps(results: dict, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def way_of(point: dict) -> str:
-    """How the sampler of an Eso-LM chooses what a forward decides, but for numbers; "" for other systems."""
-    setting = point["setting"]
-    kinds = [kind for kind in ("lossless", "entropy_bound") if kind in setting]
-    return ", ".join([*kinds, setting["unmasking_order"]]).replace("_", " ") if "unmasking_order" in setting else ""
-
-
 def by_system_and_way(points: list[dict]) -> dict[tuple[str, str], list[dict]]:
-    """The points of each system and `way_of` sampling it, in their order."""
+    """The points of each system and `way_of` sampling it, if there are several, in their order."""
     groups: dict[tuple[str, str], list[dict]] = {}
     for point in points:
-        groups.setdefault((point["system"], way_of(point)), []).append(point)
+        setting = point["setting"]
+        way = way_of(setting) if "unmasking_order" in setting else ""
+        groups.setdefault((point["system"], way), []).append(point)
     return groups
-
-
-def by_budget(points: list[dict]) -> list[dict]:
-    """The points that no other one of as few forwards beats in exact nats, by ascending forwards."""
-    best: list[dict] = []
-    for point in sorted(points, key=lambda point: (point["nfe"], point["nats"]["mean"])):
-        if not best or point["nats"]["mean"] < best[-1]["nats"]["mean"]:
-            best.append(point)
-    return best
 
 
 def budgets_report(results: dict) -> str:
@@ -232,7 +206,7 @@ def budgets_report(results: dict) -> str:
     limits = sorted({*settings["diffusion_steps"], settings["length"]})
 
     def best(some: list[dict], limit: int) -> float:
-        return min((point["nats"]["mean"] for point in some if point["nfe"] <= limit), default=math.inf)
+        return min((point["nats_per_token"] for point in some if point["forwards"] <= limit), default=math.inf)
 
     def cell(value: float, best_of_all: float) -> str:
         if value == math.inf:
@@ -258,8 +232,8 @@ def budgets_report(results: dict) -> str:
         *table(
             "system | | forwards | nats per token (perplexity)",
             (
-                f"{names[point['system']]} | {describe(point['setting'])} | {point['nfe']:.1f} | "
-                f"{with_perplexity(point['nats'])}"
+                f"{names[point['system']]} | {describe_system(point['setting'])} | {point['forwards']:.1f} | "
+                f"{point['nats_per_token']:.3f} ± {point['standard_error']:.3f} ({point['perplexity']:.1f})"
                 for point in points
             ),
         ),
@@ -273,19 +247,19 @@ def plot_budgets(results: dict, path: Path) -> None:
     panel = figure.subplots()
     points, names = results["points"], systems()
     pale = {"color": "0.88", "linewidth": 7}
-    frontier = [(point["nfe"], point["nats"]["mean"]) for point in by_budget(points)]
-    panel.step(*zip(*frontier, strict=True), where="post", zorder=0, **pale)
-    for (name, way), some in by_system_and_way(points).items():
+    panel.step(*curve(frontier(points)), where="post", zorder=0, **pale)
+    groups = by_system_and_way(points)
+    for (name, way), some in groups.items():
         for alpha_0 in dict.fromkeys(point["setting"].get("alpha_0") for point in some):
             mine = [point for point in some if point["setting"].get("alpha_0") == alpha_0]
-            curve = sorted((point["nfe"], point["nats"]["mean"]) for point in mine)
-            panel.plot(*zip(*curve, strict=True), color=COLORS[name], **DOTS[name] | WAYS.get(way, {}))
+            panel.plot(*curve(mine), color=COLORS[name], **DOTS[name] | WAYS.get(way, {}))
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel(f"forwards for {results['settings']['length']} tokens")
     panel.set_ylabel("exact nats per token of held-out text")
+    ways = {way for _, way in groups}
     handles = [Line2D([], [], color=COLORS[name], label=label, **DOTS[name]) for name, label in names.items()]
-    handles += [Line2D([], [], color="black", label=way, **looks) for way, looks in WAYS.items()]
+    handles += [Line2D([], [], color="black", label=way, **looks) for way, looks in WAYS.items() if way in ways]
     handles.append(Line2D([], [], label="the best of all", **pale))
     panel.legend(handles=handles, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=7)
     figure.tight_layout()

@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, Sampler
+from likelihoods import score_sampler
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, Objective
 from text_data import vocabulary_of
 from transformers import PreTrainedTokenizerBase
 
-from eso_lm import EsoConfig, EsoForMaskedDiffusion, EsoGenerateOutput
+from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
 ALPHAS = (1.0, 0.5, 0.25, 0.125, 0.0)
 BLOCKS = (4, 16)
@@ -140,7 +141,7 @@ Sample = Callable[[int], tuple[torch.LongTensor, int]]
 """Samples, (batch, length), of a batch size, and the number of forwards."""
 
 Score = Callable[[torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
-"""Of texts, (batch, length): the mean over plans of log p(x | plan) in nats, and of the forwards, (batch,) each."""
+"""Of texts, (batch, length): the mean over plans of -log p(x | plan) in nats, and of the forwards, (batch,) each."""
 
 
 def samplers(
@@ -166,9 +167,7 @@ def scorers(
             yield setting, partial(score_baseline, sampler, setting)
     else:
         for setting in eso_scoring_settings(alpha_of(name), scale):
-            # A forward a group, as for the baselines: the rows differ by more than the plans of a row do.
-            num_plans = 1 if "entropy_bound" in setting else scale.num_plans
-            yield setting, partial(score_eso_lm, model, setting, num_plans)
+            yield setting, partial(score_sampler, model, setting=setting, num_plans=scale.num_plans)
 
 
 @torch.no_grad()
@@ -178,34 +177,17 @@ def sample_baseline(sampler: Sampler, length: int, setting: dict, batch: int) ->
     return states[-1], len(states)
 
 
-def generate(model: EsoForMaskedDiffusion, length: int, batch: int, setting: dict) -> EsoGenerateOutput:
-    return model.generate(
-        max_new_tokens=length, num_return_sequences=batch, eos_token_id=None, return_dict_in_generate=True, **setting
-    )
-
-
 def sample_eso_lm(
     model: EsoForMaskedDiffusion, length: int, setting: dict, batch: int
 ) -> tuple[torch.LongTensor, int]:
     """Samples of `generate`, (batch, length), and the number of its forwards."""
-    output = generate(model, length, batch, setting)
+    output = model.generate(
+        max_new_tokens=length, num_return_sequences=batch, eos_token_id=None, return_dict_in_generate=True, **setting
+    )
     return output.sequences, output.num_function_evaluations
 
 
 def score_baseline(sampler: Sampler, setting: dict, text: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A [`Score`], under one plan a row."""
     log_likelihood, forwards = sampler.log_likelihood(text, *setting.values())
-    return log_likelihood, torch.full_like(log_likelihood, forwards)
-
-
-def score_eso_lm(
-    model: EsoForMaskedDiffusion, setting: dict, num_plans: int, text: torch.LongTensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [`Score`], under `num_plans` plans a row."""
-    output = model.log_likelihood(text, num_orders=num_plans, **setting)
-    if setting.get("lossless"):
-        # The likelihood is that of one token a forward; how many forwards were spared is counted on as many samples.
-        forwards = generate(model, text.shape[1], len(text), setting).forwards_per_row
-    else:
-        forwards = output.num_function_evaluations.double().mean(dim=1)
-    return output.log_likelihood_per_order.mean(dim=1), forwards
+    return -log_likelihood, torch.full_like(log_likelihood, forwards)

@@ -50,18 +50,19 @@ def describe(setting: dict[str, Any]) -> str:
     return f"α₀ = {setting['alpha_0']:g}, {how}, {order}"
 
 
-def per_token(nats: torch.Tensor, tokens: torch.Tensor, num_bytes: int) -> dict[str, float]:
+def per_token(nats: torch.Tensor, tokens: torch.Tensor, num_bytes: int | None = None) -> dict[str, float]:
     """A ratio of sums over sequences, with its standard error: nats (sequences,) over tokens (sequences,)."""
-    nats, tokens = nats.double().cpu(), tokens.double()
+    nats, tokens = nats.double().cpu(), tokens.double().cpu()
     mean = float(nats.sum() / tokens.sum())
     count = len(nats)
     deviation = (nats - mean * tokens).square().sum().sqrt() / tokens.sum()
     error = float(deviation) * math.sqrt(count / (count - 1)) if count > 1 else math.nan
+    per_byte = {} if num_bytes is None else {"bits_per_byte": float(nats.sum()) / math.log(2) / max(num_bytes, 1)}
     return {
         "nats_per_token": mean,
         "standard_error": error,
         "bits_per_token": mean / math.log(2),
-        "bits_per_byte": float(nats.sum()) / math.log(2) / max(num_bytes, 1),
+        **per_byte,
         "perplexity": math.exp(mean),
     }
 
@@ -195,10 +196,9 @@ def budgets_report(points: list[dict[str, Any]]) -> str:
     for point in points:
         nats = f"{point['nats_per_token']:.3f}"
         nats = f"**{nats}**" if point in best else nats
-        lines.append(
-            f"| {describe(point['setting'])} | {point['forwards']:.1f} | {nats} ± {point['standard_error']:.3f} | "
-            f"{point['perplexity']:.1f} |"
-        )
+        cells = [describe(point["setting"]), f"{point['forwards']:.1f}"]
+        cells += [f"{nats} ± {point['standard_error']:.3f}", f"{point['perplexity']:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -230,14 +230,14 @@ def plot_budgets(points: list[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     best = frontier(points)
     pale = {"color": "0.88", "linewidth": 7}
-    axes.step(*_curve(best), where="post", zorder=0, **pale)
+    axes.step(*curve(best), where="post", zorder=0, **pale)
     alphas = dict.fromkeys(point["setting"]["alpha_0"] for point in points)
     colors = dict(zip(alphas, matplotlib.colormaps["tab10"].colors, strict=False))
     ways = dict.fromkeys(way_of(point["setting"]) for point in points)
     for alpha_0, way in product(alphas, ways):
         mine = [p for p in points if p["setting"]["alpha_0"] == alpha_0 and way_of(p["setting"]) == way]
         looks = {"marker": "o", "markersize": 4, "linewidth": 1.3} | WAYS[way]
-        axes.plot(*_curve(mine), color=colors[alpha_0], **looks)
+        axes.plot(*curve(mine), color=colors[alpha_0], **looks)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("forwards for a text")
@@ -250,7 +250,7 @@ def plot_budgets(points: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _curve(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
+def curve(points: list[dict[str, Any]]) -> tuple[list[float], list[float]]:
     """Forwards and nats per token, by ascending forwards."""
     points = sorted(points, key=lambda point: point["forwards"])
     return [point["forwards"] for point in points], [point["nats_per_token"] for point in points]

@@ -68,7 +68,7 @@ class Arguments:
     entropy_bounds: list[float] = field(
         default_factory=list, metadata={"help": "of adaptive samplers beside them (a forward a group: slower)"}
     )
-    num_plans: int = field(default=3, metadata={"help": "plans that a text is scored under, for each sampler but adaptive ones"})
+    num_plans: int = field(default=3, metadata={"help": "plans of a text, for samplers that are not adaptive"})
     num_samples: int = field(default=0, metadata={"help": "texts to generate and judge"})
     sample_length: int | None = field(default=None, metadata={"help": "tokens a sample; unset: `length`"})
     num_diffusion_steps: int | None = None

@@ -133,7 +133,13 @@ def ragged_arguments(model) -> dict:
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("is_ragged", [False, True])
 @pytest.mark.parametrize(
-    "schedule", [{"num_diffusion_steps": 9}, {"alpha_0": 0.4}, {"entropy_bound": 9.0}, {"block_length": 8}]
+    "schedule",
+    [
+        {"num_diffusion_steps": 9, "unmasking_order": "random"},
+        {"alpha_0": 0.4},
+        {"entropy_bound": 9.0},
+        {"block_length": 8},
+    ],
 )
 def test_steps_of_static_shape_generate_the_same(attention, is_ragged, schedule):
     model = randomized_model(attention)
@@ -157,7 +163,7 @@ def test_few_shapes_serve_all_steps():
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    settings = {"max_new_tokens": 60, "num_diffusion_steps": 12, "alpha_0": 0.9}
+    settings = {"max_new_tokens": 60, "num_diffusion_steps": 12, "unmasking_order": "random", "alpha_0": 0.9}
     for seed in range(5):
         torch.manual_seed(seed)
         model.generate(random_batch(model, 2, 35), cache_implementation="static", **settings)
@@ -171,11 +177,17 @@ def test_few_shapes_serve_all_steps():
 def test_a_step_compiles_as_one_graph():
     model = randomized_model()
     torch._dynamo.reset()
-    expected = model.generate(**ragged_arguments(model), max_new_tokens=20, num_diffusion_steps=6)
+    expected = model.generate(
+        **ragged_arguments(model), max_new_tokens=20, num_diffusion_steps=6, unmasking_order="random"
+    )
     counters.clear()
     for _ in range(2):
         sequences = model.generate(
-            **ragged_arguments(model), max_new_tokens=20, num_diffusion_steps=6, **compiled("aot_eager")
+            **ragged_arguments(model),
+            max_new_tokens=20,
+            num_diffusion_steps=6,
+            unmasking_order="random",
+            **compiled("aot_eager"),
         )
         assert torch.equal(sequences, expected)
     assert not counters["graph_break"]

@@ -33,7 +33,13 @@ def generate(model, seed=0, **arguments):
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "dynamic"}], ids=["preallocated", "dynamic"])
 def test_cached_and_uncached_generation_agree(model, tolerance, alpha_0, cache):
     prompt = random_batch(model, 2, 4)
-    arguments = {"input_ids": prompt, "alpha_0": alpha_0, "num_diffusion_steps": 5, "num_return_sequences": 2}
+    arguments = {
+        "input_ids": prompt,
+        "alpha_0": alpha_0,
+        "num_diffusion_steps": 5,
+        "unmasking_order": "random",
+        "num_return_sequences": 2,
+    }
     arguments["lockstep"] = bool(cache)  # rows of a growing cache cannot advance apart
     recorded = {}
     outputs = {}
@@ -57,7 +63,7 @@ def test_cached_and_uncached_generation_agree(model, tolerance, alpha_0, cache):
 def test_output_tells_how_the_sequence_was_filled(alpha_0):
     model = randomized_model()
     prompt = random_batch(model, 3, 5)
-    output = generate(model, input_ids=prompt, alpha_0=alpha_0, num_diffusion_steps=4)
+    output = generate(model, input_ids=prompt, alpha_0=alpha_0, num_diffusion_steps=4, unmasking_order="random")
     assert output.sequences.shape == output.unmasking_steps.shape == output.log_probs.shape == (3, 21)
     assert torch.equal(output.sequences[:, :5], prompt)
     assert (output.sequences != MASK).all()
@@ -74,7 +80,9 @@ def test_output_tells_how_the_sequence_was_filled(alpha_0):
 
 
 def test_sequential_phase_runs_left_to_right_after_the_diffusion_phase():
-    output = generate(randomized_model(), alpha_0=0.5, num_diffusion_steps=2, num_return_sequences=4)
+    output = generate(
+        randomized_model(), alpha_0=0.5, num_diffusion_steps=2, unmasking_order="random", num_return_sequences=4
+    )
     for row in output.unmasking_steps:
         one_by_one = row[row > 2]
         assert len(one_by_one) > 0
@@ -140,7 +148,12 @@ def test_rows_have_orders_of_their_own_and_repeat_with_the_seed():
 def test_every_order_is_exact_with_the_cache(unmasking_order, block_length, alpha_0):
     model = randomized_model()
     settings = {"unmasking_order": unmasking_order, "block_length": block_length, "alpha_0": alpha_0}
-    arguments = {"input_ids": random_batch(model, 2, 3), "num_diffusion_steps": 6, **settings}
+    arguments = {
+        "input_ids": random_batch(model, 2, 3),
+        "num_diffusion_steps": 6,
+        "unmasking_order": "random",
+        **settings,
+    }
     cached, uncached = (generate(model, use_cache=use_cache, **arguments) for use_cache in (True, False))
     assert torch.equal(cached.sequences, uncached.sequences)
     assert torch.equal(cached.unmasking_steps, uncached.unmasking_steps)
@@ -152,6 +165,26 @@ def test_every_order_is_exact_with_the_cache(unmasking_order, block_length, alph
         block = steps[:, start : start + (block_length or 16)]
         begins = block.amin(dim=-1, keepdim=True)
         assert (steps[:, :start] < begins).all(), "a block begins when the one before it is done"
+
+
+@pytest.mark.parametrize(
+    ("settings", "order"),
+    [
+        ({}, "random"),
+        ({"num_diffusion_steps": "max"}, "random"),
+        ({"num_diffusion_steps": 4}, "strided"),
+        ({"lossless": True}, "strided"),
+        ({"entropy_bound": 9.0}, "random"),
+    ],
+)
+def test_tokens_that_share_forwards_stand_apart_unless_told_otherwise(settings, order):
+    model = randomized_model()
+    samples = {
+        choice: generate(model, seed=3, alpha_0=1.0, unmasking_order=choice, **settings).orders
+        for choice in (None, "random", "strided")
+    }
+    assert torch.equal(samples[None], samples[order])
+    assert not torch.equal(samples["random"], samples["strided"])
 
 
 def test_a_strided_step_reveals_every_nth_token():
@@ -334,7 +367,9 @@ def test_arguments_without_meaning_are_refused(arguments, message):
         generate(model, **arguments)
 
 
-@pytest.mark.parametrize("settings", [{"num_diffusion_steps": 4}, {"entropy_bound": 2.0, "num_candidates": 3}])
+@pytest.mark.parametrize(
+    "settings", [{"num_diffusion_steps": 4, "unmasking_order": "random"}, {"entropy_bound": 2.0, "num_candidates": 3}]
+)
 def test_a_forward_costs_its_own_slots(settings):
     """No mask beyond the slots of the step, logits at its masks alone, each token cached once."""
     model = randomized_model()

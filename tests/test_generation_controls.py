@@ -118,6 +118,9 @@ def test_the_end_of_text_waits_for_the_minimum(unmasking_order):
 def test_repetition_penalty_covers_all_known_text():
     """A penalty that no repetition survives: given tokens, on both sides of a hole, do not come again."""
     model = randomized_model()
+    # The penalty multiplies negative logits and divides positive ones, which it can bring to 0 at the most.
+    compute_logits = model.compute_logits
+    model.compute_logits = lambda states: compute_logits(states) - 100.0
     prompt = torch.tensor([[0, 1, 2, MASK, 3, 4, 5], [22, 22, 6, MASK, 7, 8, 9]])
     mask = torch.tensor([[1] * 7, [0, 0, 1, 1, 1, 1, 1]])
     output = generate(

@@ -43,7 +43,12 @@ def test_no_row_pays_for_the_slots_of_another(backbone):
     model.lm_head.register_forward_hook(lambda _, args, __: wanted.append(args[0][..., 0].numel()))
     prompts = random_batch(model, 4, 7)
     output = model.generate(
-        prompts, max_new_tokens=12, alpha_0=1.0, num_diffusion_steps=4, return_dict_in_generate=True
+        prompts,
+        max_new_tokens=12,
+        alpha_0=1.0,
+        num_diffusion_steps=4,
+        unmasking_order="random",
+        return_dict_in_generate=True,
     )
     steps = output.unmasking_steps[:, 7:]
     drawn = [int((steps == step).sum()) for step in range(1, len(wanted) + 1)]

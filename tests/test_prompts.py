@@ -33,7 +33,7 @@ def generators(count: int, seed: int = 0) -> list[torch.Generator]:
 
 SETTINGS = [
     {"alpha_0": 0.0},
-    {"alpha_0": 1.0, "num_diffusion_steps": 3},
+    {"alpha_0": 1.0, "num_diffusion_steps": 3, "unmasking_order": "random"},
     {"alpha_0": 0.5, "num_diffusion_steps": 4, "unmasking_order": "strided"},
     {"alpha_0": 0.6, "num_diffusion_steps": 4, "block_length": 3, "unmasking_order": "left_to_right"},
     {"alpha_0": 1.0, "entropy_bound": 3.0, "num_candidates": 4},

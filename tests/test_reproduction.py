@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, filled_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from likelihoods import frontier, per_token
 from ngram import KneserNey
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, add_noise
 from parallel_runs import run_in_processes
-from reproduction_report import budgets_report, by_budget, is_on_frontier, plot_budgets
+from reproduction_report import budgets_report, is_on_frontier, plot_budgets
 from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
@@ -146,8 +147,8 @@ def test_the_frontier_is_what_nothing_beats(pairs):
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=8))
 def test_the_best_by_budget_falls_and_nothing_beats_it(pairs):
-    points = [{"nfe": forwards, "nats": {"mean": loss}} for forwards, loss in pairs]
-    best = [(point["nfe"], point["nats"]["mean"]) for point in by_budget(points)]
+    points = [{"forwards": forwards, "nats_per_token": loss} for forwards, loss in pairs]
+    best = [(point["forwards"], point["nats_per_token"]) for point in frontier(points)]
     for (fewer, worse), (more, better) in itertools.pairwise(best):
         assert fewer < more
         assert worse > better
@@ -167,23 +168,24 @@ def test_the_budgets_of_the_baselines_are_exact_likelihoods():
     model = randomized_model(scale=0.2)
     with torch.no_grad():
         losses = Autoregressive(3)(model, random_batch(model, 16, 16))
-    assert causal["nfe"] == 16
-    assert causal["nats"]["mean"] == pytest.approx(losses.mean().item(), abs=1e-4)
-    assert causal["nats"]["standard_error"] == pytest.approx(losses.std().item() / 4, abs=1e-4)
+    assert causal["forwards"] == 16
+    assert causal["nats_per_token"] == pytest.approx(losses.mean().item(), abs=1e-4)
+    assert causal["standard_error"] == pytest.approx(losses.std().item() / 4, abs=1e-4)
     few, many = budgets_of("mdm")
     assert [point["setting"] for point in (few, many)] == [{"steps": 4}, {"steps": 16}]
-    assert 1 <= few["nfe"] <= 4 < many["nfe"] <= 16
+    assert 1 <= few["forwards"] <= 4 < many["forwards"] <= 16
     blocks = budgets_of("bd4")
     assert [point["setting"]["steps"] for point in blocks] == [1, 2, 4]
-    assert blocks[0]["nfe"] == 4 + 3, "a forward a block, and one to cache each but the last"
-    assert blocks[0]["nats"]["standard_error"] > 0
+    assert blocks[0]["forwards"] == 4 + 3, "a forward a block, and one to cache each but the last"
+    assert blocks[0]["standard_error"] > 0
     assert blocks == budgets_of("bd4"), "of the seed"
 
 
 def test_the_table_of_budgets_tells_the_best_of_each(tmp_path):
+    tokens = torch.full((5,), 16)
     points = [
-        {"system": system, "setting": setting, "nfe": nfe, "nats": {"mean": nats, "standard_error": 0.01}}
-        for system, setting, nfe, nats in (
+        {"system": system, "setting": setting, "forwards": forwards} | per_token(torch.full((5,), 16 * nats), tokens)
+        for system, setting, forwards, nats in (
             ("ar", {}, 16, 3.0),
             ("mdm", {"steps": 4}, 3.5, 6.0),
             ("mdm", {"steps": 16}, 10.5, 5.0),
@@ -201,7 +203,7 @@ def test_the_table_of_budgets_tells_the_best_of_each(tmp_path):
         "| masked diffusion |  | 6.00 | 5.00 |",
         "| Eso-LM, α₀ = 1 | strided | **5.50** | 5.50 |",
         "| Eso-LM, α₀ = 1 | lossless, strided |  | 4.50 |",
-        "| Eso-LM, α₀ = 1 | α₀ = 1, entropy bound 4, strided | 6.0 | 5.250 ± 0.010 (190.6) |",
+        "| Eso-LM, α₀ = 1 | α₀ = 1, entropy bound 4, strided | 6.0 | 5.250 ± 0.000 (190.6) |",
     ):
         assert line in report
     plot_budgets(results, tmp_path / "budgets.png")
@@ -257,9 +259,9 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     assert {point["system"] for point in budgets} == set(reproduce.systems())
     nats = {}
     for point in budgets:
-        assert 1 <= point["nfe"] <= 16
-        assert abs(point["nats"]["mean"] - math.log(300)) < 1.2
-        nats.setdefault(point["system"], []).append(point["nats"]["mean"])
+        assert 1 <= point["forwards"] <= 16
+        assert abs(point["nats_per_token"] - math.log(300)) < 1.2
+        nats.setdefault(point["system"], []).append(point["nats_per_token"])
     for name in ("ar", "eso_0"):  # one order: the likelihood that there is
         exact = results["likelihood"][name]["exact"]["mean"]
         assert nats[name] == [pytest.approx(exact, abs=1e-3)]

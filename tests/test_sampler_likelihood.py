@@ -14,12 +14,12 @@ from eso_lm import EsoForMaskedDiffusion, EsoGenerationConfig
 from eso_lm.modeling_objective import states_at
 
 MASK = 23
-PARALLEL = {"alpha_0": 1.0, "num_diffusion_steps": 2}
+PARALLEL = {"alpha_0": 1.0, "num_diffusion_steps": 2, "unmasking_order": "random"}
 SAMPLERS = {
     "parallel": PARALLEL,
     "strided": {"alpha_0": 0.5, "num_diffusion_steps": 2, "unmasking_order": "strided"},
     "left to right": PARALLEL | {"unmasking_order": "left_to_right"},
-    "blocks": {"alpha_0": 0.6, "num_diffusion_steps": 2, "block_length": 3},
+    "blocks": PARALLEL | {"alpha_0": 0.6, "block_length": 3},
     "entropy": {"alpha_0": 1.0, "entropy_bound": 2.08},
     "entropy, in blocks": {
         "alpha_0": 0.7,
@@ -32,7 +32,7 @@ SAMPLERS = {
     "top_k": PARALLEL | {"top_k": 2},
     "greedy": PARALLEL | {"do_sample": False},
     "penalty": PARALLEL | {"repetition_penalty": 1.7},
-    "n-grams": {"alpha_0": 0.5, "num_diffusion_steps": 2, "no_repeat_ngram_size": 3},
+    "n-grams": PARALLEL | {"alpha_0": 0.5, "no_repeat_ngram_size": 3},
     "entropy and n-grams": {"alpha_0": 1.0, "entropy_bound": 2.08, "no_repeat_ngram_size": 3, "temperature": 0.9},
     "lossless": {"alpha_0": 0.5, "lossless": True, "temperature": 0.8},
 }
