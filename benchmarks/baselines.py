@@ -7,6 +7,7 @@ decides, and their tokens are independent given what it sees, so that log p(x | 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,10 @@ from eso_lm.noise_schedule import sample_unmasking_counts
 
 Chooser = Callable[[torch.Tensor, torch.LongTensor], torch.LongTensor]
 """The tokens of a forward, (batch, count): of their logits, (batch, count, vocab), and their places in the text."""
+
+
+Steps = int | Literal["max"]
+"""Time steps; "max": so many that no two tokens share one."""
 
 
 def draw(logits: torch.Tensor, places: torch.LongTensor | None = None) -> torch.LongTensor:
@@ -54,7 +59,7 @@ class Sampler:
 
     steps: Callable[..., Iterator[torch.LongTensor]]
 
-    def log_likelihood(self, text: torch.LongTensor, *plan: int) -> tuple[torch.Tensor, int]:
+    def log_likelihood(self, text: torch.LongTensor, *plan: Steps) -> tuple[torch.Tensor, int]:
         """Scores clean texts, (batch, length), under a plan that is drawn as for samples, from the global generator.
 
         Returns:
@@ -106,7 +111,7 @@ class MaskedDiffusionSampler(Sampler):
             return self.model(input_ids, position_ids=text_positions(input_ids), logits_to_keep=places).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: int, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
+    def steps(self, batch: int, length: int, num_steps: Steps, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
         """Yields the tokens after each forward, (batch, length)."""
         device = self.model.device
         tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
@@ -144,7 +149,7 @@ class BlockDiffusionSampler(Sampler):
         ).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: int, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
+    def steps(self, batch: int, length: int, num_steps: Steps, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
         """Yields the tokens after each forward, (batch, length); `num_steps` for each block."""
         device = self.model.device
         cache = filled_cache(self.model, batch, length, context=0)

@@ -30,6 +30,7 @@ def measure(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict
             num_return_sequences=batch,
             max_new_tokens=args.length,
             num_diffusion_steps=steps,
+            unmasking_order="random",
             alpha_0=1.0,
             eos_token_id=None,
         )

@@ -282,7 +282,8 @@ def require_trained(args: argparse.Namespace) -> None:
 def write_budgets(settings: dict, args: argparse.Namespace) -> None:
     """Writes the exact likelihoods of all systems: JSON, a table, and a picture."""
     points = [point for name in systems() for point in result_of(f"budgets:{name}", args)["points"]]
-    results = {"settings": settings, "points": points}
+    losses = {name: result_of(name, args)["likelihood"] for name in systems()}
+    results = {"settings": settings, "likelihood": losses, "points": points}
     write_results(args.output, "reproduction_budgets", results, budgets_report(results))
     plot_budgets(results, args.output / "reproduction_budgets.png")
 

@@ -43,7 +43,9 @@ def describe_system(setting: dict) -> str:
     """The setting of any system's sampler."""
     if "alpha_0" in setting:
         return describe(setting)
-    return f"{setting['steps']} steps" if "steps" in setting else "left to right"
+    if "steps" not in setting:
+        return "left to right"
+    return "one token a forward" if setting["steps"] == "max" else f"{setting['steps']} steps"
 
 
 def with_perplexity(nats: dict[str, float]) -> str:
@@ -203,10 +205,14 @@ def by_system_and_way(points: list[dict]) -> dict[tuple[str, str], list[dict]]:
 def budgets_report(results: dict) -> str:
     """The tables of exact likelihoods, as Markdown: the best of every system at each budget, and all settings."""
     settings, points, names = results["settings"], results["points"], systems()
-    limits = sorted({*settings["diffusion_steps"], settings["length"]})
+    losses = results["likelihood"]
+    limits = [*sorted({*settings["diffusion_steps"], settings["length"]}), math.inf]
 
     def best(some: list[dict], limit: int) -> float:
         return min((point["nats_per_token"] for point in some if point["forwards"] <= limit), default=math.inf)
+
+    def nelbo(name: str) -> str:
+        return f"{losses[name]['nelbo']['mean']:.2f}" if "nelbo" in losses[name] else ""
 
     def cell(value: float, best_of_all: float) -> str:
         if value == math.inf:
@@ -220,9 +226,12 @@ def budgets_report(results: dict) -> str:
         f"a mean over plans. Of the best setting within a number of forwards, for {settings['length']} tokens:",
         "",
         *table(
-            " | ".join(["system", "", *(f"≤ {limit}" for limit in limits)]),
+            " | ".join(["system", "NELBO", "", *(f"≤ {limit}" if limit < math.inf else "any" for limit in limits)]),
             (
-                " | ".join([names[name], way, *(cell(best(some, limit), best(points, limit)) for limit in limits)])
+                " | ".join(
+                    [names[name], nelbo(name), way]
+                    + [cell(best(some, limit), best(points, limit)) for limit in limits]
+                )
                 for (name, way), some in by_system_and_way(points).items()
             ),
         ),

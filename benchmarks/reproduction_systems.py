@@ -105,6 +105,11 @@ def baseline_settings(name: str, scale: Scale) -> list[dict]:
     return [{"steps": steps} for steps in (1, 2, 4, 8, 16) if steps <= int(name.removeprefix("bd"))]
 
 
+def baseline_scoring_settings(name: str, scale: Scale) -> list[dict]:
+    """Of a baseline, what text is scored under: also, at last, one token a forward."""
+    return baseline_settings(name, scale) + ([] if name == "ar" else [{"steps": "max"}])
+
+
 def eso_settings(alpha_0: float, scale: Scale) -> list[dict]:
     """Grids of α_0 at sampling and steps, in random and strided order; and lossless decoding."""
     if alpha_0 == 0:
@@ -163,7 +168,7 @@ def scorers(
     """The settings to score text under a system with, and how."""
     if alpha_of(name) is None:
         sampler = sampler_of(name, model, start_token_id)
-        for setting in baseline_settings(name, scale):
+        for setting in baseline_scoring_settings(name, scale):
             yield setting, partial(score_baseline, sampler, setting)
     else:
         for setting in eso_scoring_settings(alpha_of(name), scale):

@@ -56,12 +56,14 @@ def measure(way: str, length: int, args: argparse.Namespace) -> dict[str, Any]:
 
 def main(args: argparse.Namespace) -> None:
     rows = []
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["eso_lm.modeling_eso"])  # imported once for all of them
     pairs = [(way, length) for length in args.lengths for way in (PLAIN, *WAYS)]
     for way, length in tqdm(pairs, desc="Ways to score"):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        with ProcessPoolExecutor(1, mp_context=processes) as fresh:
             rows.append(fresh.submit(measure, way, length, args).result())
     settings = {name: str(value) for name, value in vars(args).items()} | {"hardware": hardware(args.device)}
-    header = "tokens | scored as sampled in | forwards of sampling | seconds | GB beyond the model"
+    header = "tokens | likelihood of | forwards of sampling | seconds | GB beyond the model"
     lines = (
         f"{row['length']} | {row['way']} | {row['sampled_in']} | {row['seconds']:.1f} | {row['gigabytes']:.2f}"
         for row in rows

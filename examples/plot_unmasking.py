@@ -51,6 +51,7 @@ def main() -> None:
             max_new_tokens=args.length,
             alpha_0=alpha_0,
             num_diffusion_steps=args.num_diffusion_steps,
+            unmasking_order="random",
             eos_token_id=None,
             return_dict_in_generate=True,
         )

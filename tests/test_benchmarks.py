@@ -7,9 +7,9 @@ import independent_rows
 import lossless_speed
 import measuring
 import pytest
+import scoring_cost
 import speed
 import training_cost
-import unmasking
 from tiny_models import random_batch, randomized_model
 
 
@@ -111,11 +111,17 @@ def test_steps_and_rows_at_toy_size(tmp_path):
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
 
 
-def test_unmasking_at_toy_size(tmp_path):
-    randomized_model().save_pretrained(tmp_path / "model")
-    arguments = f"--model {tmp_path / 'model'} --output {tmp_path} --length 8 --num-samples 2 --num-orders 1"
-    unmasking.main(unmasking.parse_args(arguments.split()))
-    results = json.loads((tmp_path / "unmasking.json").read_text())["results"]
-    assert {row["family"] for row in results} == unmasking.FAMILIES.keys()
-    assert all(1 <= row["nfe"] <= 8 and 0 <= row["repetition"] < 1 for row in results)
-    assert (tmp_path / "unmasking.png").stat().st_size > 5000
+@pytest.mark.slow
+def test_scoring_at_toy_size(tmp_path):
+    sizes = "--lengths 8 24 --hidden-size 32 --num-layers 1 --num-heads 2 --vocab-size 64"
+    scoring_cost.main(scoring_cost.parse_args(f"--output {tmp_path} {sizes}".split()))
+    rows = json.loads((tmp_path / "scoring_cost.json").read_text())["results"]
+    assert [row["length"] for row in rows] == [8] * 6 + [24] * 6
+    for row in rows:
+        assert row["seconds"] > 0
+        assert row["gigabytes"] >= 0
+    sampled_in = {row["way"]: row["sampled_in"] for row in rows if row["length"] == 24}
+    assert sampled_in["one token a forward"] == sampled_in["one token a forward, in chunks"] == 24
+    assert sampled_in["16 steps"] == sampled_in["16 steps, in chunks"] == 16
+    assert sampled_in["entropy bound of 64 nats"] < 16
+    assert (tmp_path / "scoring_cost.md").read_text().count("\n") == 16

@@ -164,4 +164,4 @@ def test_every_script_is_documented():
     recipes = (ROOT / "examples/README.md").read_text(encoding="utf-8")
     for path in (ROOT / "examples").glob("*.py"):
         assert path.name in recipes, path.name
-        assert path.name in pages or path.name in ("text_data.py", "resumable_runs.py", "plot_unmasking.py"), path.name
+        assert path.name in pages or path.name in ("likelihoods.py", "text_data.py", "resumable_runs.py", "plot_unmasking.py"), path.name

@@ -171,12 +171,13 @@ def test_the_budgets_of_the_baselines_are_exact_likelihoods():
     assert causal["forwards"] == 16
     assert causal["nats_per_token"] == pytest.approx(losses.mean().item(), abs=1e-4)
     assert causal["standard_error"] == pytest.approx(losses.std().item() / 4, abs=1e-4)
-    few, many = budgets_of("mdm")
-    assert [point["setting"] for point in (few, many)] == [{"steps": 4}, {"steps": 16}]
-    assert 1 <= few["forwards"] <= 4 < many["forwards"] <= 16
+    few, many, one_by_one = budgets_of("mdm")
+    assert [point["setting"]["steps"] for point in (few, many, one_by_one)] == [4, 16, "max"]
+    assert 1 <= few["forwards"] <= 4 < many["forwards"] < one_by_one["forwards"] == 16
     blocks = budgets_of("bd4")
-    assert [point["setting"]["steps"] for point in blocks] == [1, 2, 4]
+    assert [point["setting"]["steps"] for point in blocks] == [1, 2, 4, "max"]
     assert blocks[0]["forwards"] == 4 + 3, "a forward a block, and one to cache each but the last"
+    assert blocks[-1]["forwards"] == 16 + 3
     assert blocks[0]["standard_error"] > 0
     assert blocks == budgets_of("bd4"), "of the seed"
 
@@ -189,20 +190,22 @@ def test_the_table_of_budgets_tells_the_best_of_each(tmp_path):
             ("ar", {}, 16, 3.0),
             ("mdm", {"steps": 4}, 3.5, 6.0),
             ("mdm", {"steps": 16}, 10.5, 5.0),
+            ("mdm", {"steps": "max"}, 17, 4.8),
             ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": 4}, 4, 5.5),
             ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "lossless": True}, 8, 4.5),
             ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "entropy_bound": 4.0}, 6, 5.25),
         )
     ]
     sizes = {"hardware": "a machine", "scale": "smoke", "parameters": 1, "train_tokens": 1}
-    results = {"settings": sizes | vars(reproduce.SCALES["smoke"]), "points": points}
+    losses = {"ar": {"exact": {"mean": 3.0}}, "mdm": {"nelbo": {"mean": 4.75}}, "eso_1": {"nelbo": {"mean": 4.4}}}
+    results = {"settings": sizes | vars(reproduce.SCALES["smoke"]), "likelihood": losses, "points": points}
     report = budgets_report(results)
     for line in (
-        "| system |  | ≤ 4 | ≤ 16 |",
-        "| AR |  |  | **3.00** |",
-        "| masked diffusion |  | 6.00 | 5.00 |",
-        "| Eso-LM, α₀ = 1 | strided | **5.50** | 5.50 |",
-        "| Eso-LM, α₀ = 1 | lossless, strided |  | 4.50 |",
+        "| system | NELBO |  | ≤ 4 | ≤ 16 | any |",
+        "| AR |  |  |  | **3.00** | **3.00** |",
+        "| masked diffusion | 4.75 |  | 6.00 | 5.00 | 4.80 |",
+        "| Eso-LM, α₀ = 1 | 4.40 | strided | **5.50** | 5.50 | 5.50 |",
+        "| Eso-LM, α₀ = 1 | 4.40 | lossless, strided |  | 4.50 | 4.50 |",
         "| Eso-LM, α₀ = 1 | α₀ = 1, entropy bound 4, strided | 6.0 | 5.250 ± 0.000 (190.6) |",
     ):
         assert line in report
@@ -259,7 +262,7 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     assert {point["system"] for point in budgets} == set(reproduce.systems())
     nats = {}
     for point in budgets:
-        assert 1 <= point["forwards"] <= 16
+        assert 1 <= point["forwards"] <= 16 + 3 * (point["setting"].get("steps") == "max")
         assert abs(point["nats_per_token"] - math.log(300)) < 1.2
         nats.setdefault(point["system"], []).append(point["nats_per_token"])
     for name in ("ar", "eso_0"):  # one order: the likelihood that there is
