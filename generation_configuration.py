@@ -50,8 +50,8 @@ class EsoGenerationConfig(GenerationConfig):
         unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (as in training),
             "strided" (far apart from one another, as many a stride as there are steps; without
             `num_diffusion_steps`, strides of about the square root of the length, taken token by token) or
-            "left_to_right". `None`: strided where tokens are to share forwards, by a number of steps or `lossless`,
-            since that costs them least; otherwise random. The diffusion phase of a strided order has a whole number of
+            "left_to_right". `None`: strided where tokens share forwards, by a number of steps, adaptively or with
+            `lossless`, since that costs them least; otherwise random. The diffusion phase of a strided order has a whole number of
             strides, so that with few of them and a small `alpha_0` single runs are far from the expected fraction.
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
             diffusion steps are shared among them. Generation stops with the block in which every row has ended.
@@ -173,7 +173,7 @@ class EsoGenerationConfig(GenerationConfig):
     @property
     def order(self) -> str:
         """The unmasking order, also where it is not set."""
-        shares_forwards = is_integer(self.num_diffusion_steps) or self.lossless
+        shares_forwards = is_integer(self.num_diffusion_steps) or self.is_adaptive or self.lossless
         return self.unmasking_order or ("strided" if shares_forwards else "random")
 
 

@@ -174,7 +174,8 @@ def test_every_order_is_exact_with_the_cache(unmasking_order, block_length, alph
         ({"num_diffusion_steps": "max"}, "random"),
         ({"num_diffusion_steps": 4}, "strided"),
         ({"lossless": True}, "strided"),
-        ({"entropy_bound": 9.0}, "random"),
+        ({"entropy_bound": 9.0}, "strided"),
+        ({"confidence_threshold": 0.5}, "strided"),
     ],
 )
 def test_tokens_that_share_forwards_stand_apart_unless_told_otherwise(settings, order):

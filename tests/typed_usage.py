@@ -108,6 +108,11 @@ def score(model: EsoLikelihoodMixin, input_ids: torch.Tensor, mask: torch.Tensor
     assert_type(likelihood.token_log_probs, torch.Tensor | None)
     assert_type(likelihood.orders, torch.Tensor | None)
     model.log_likelihood(input_ids, num_orders="most")  # type: ignore[arg-type]
+    generators = [torch.Generator() for _ in input_ids]
+    sampler = model.log_likelihood(input_ids, num_orders=4, generator=generators, num_diffusion_steps=8)
+    assert_type(sampler.groups, torch.Tensor | None)
+    assert_type(sampler.num_function_evaluations, torch.Tensor | None)
+    model.log_likelihood(input_ids, orders=sampler.orders, groups=sampler.groups)
     nelbo = model.nelbo(input_ids, context_mask=mask, num_draws=8, generator=torch.Generator())
     assert_type(nelbo, EsoNelboOutput)
     assert_type(nelbo.nelbo, torch.Tensor)
@@ -124,6 +129,7 @@ def train(model: EsoForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase, text
     trainer = Trainer(model, TrainingArguments("folder"), data_collator=collator)
     average = ExponentialMovingAverageCallback(trainer, decay=0.999)
     held_out = HeldOutEvaluationCallback(trainer, texts, every=100, tokenizer=tokenizer, average=average)
+    HeldOutEvaluationCallback(trainer, texts, samplers={"8_steps": {"num_diffusion_steps": 8}})
     trainer.add_callback(average)
     trainer.add_callback(held_out)
     assert_type(average.averages, dict[str, torch.Tensor])
