@@ -51,8 +51,9 @@ class EsoGenerationConfig(GenerationConfig):
             "strided" (far apart from one another, as many a stride as there are steps; without
             `num_diffusion_steps`, strides of about the square root of the length, taken token by token) or
             "left_to_right". `None`: strided where tokens share forwards, by a number of steps, adaptively or with
-            `lossless`, since that costs them least; otherwise random. The diffusion phase of a strided order has a whole number of
-            strides, so that with few of them and a small `alpha_0` single runs are far from the expected fraction.
+            `lossless`, since that costs them least; otherwise random. The diffusion phase of a strided order has a
+            whole number of strides, so that with few of them and a small `alpha_0` single runs are far from the
+            expected fraction.
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
             diffusion steps are shared among them. Generation stops with the block in which every row has ended.
             `None`: one block.
