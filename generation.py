@@ -12,6 +12,7 @@ from .generation_configuration import (
     EsoGenerateOutput,
     EsoGenerationConfig,
     require_count,
+    require_generation_config,
     require_special_tokens,
     require_supported_settings,
 )
@@ -72,6 +73,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         Raises:
             ValueError: for prompts and settings that cannot be used.
         """
+        require_generation_config(generation_config)
         kwargs = {name: to_python(value) for name, value in kwargs.items()}
         kwargs.pop("token_type_ids", None)  # which tokenizers of BERT's kind add to every text
         for name in ("max_length", "max_new_tokens", "num_return_sequences"):
@@ -177,6 +179,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         Raises:
             ValueError: for settings that `generate` would refuse, or that are none.
         """
+        require_generation_config(generation_config)
         settings = {name: to_python(value) for name, value in settings.items()}
         prepared, others = self._prepare_generation_config(generation_config, **settings)
         if others:

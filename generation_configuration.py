@@ -50,8 +50,8 @@ class EsoGenerationConfig(GenerationConfig):
         unmasking_order (`str`, *optional*): Which tokens the diffusion phase takes: "random" (as in training),
             "strided" (far apart from one another, as many a stride as there are steps; without
             `num_diffusion_steps`, strides of about the square root of the length, taken token by token) or
-            "left_to_right". `None`: strided where tokens share forwards, by a number of steps, adaptively or with
-            `lossless`, since that costs them least; otherwise random. The diffusion phase of a strided order has a
+            "left_to_right". `None`: strided where tokens share forwards, by a number of steps or adaptively, since
+            that costs them least; otherwise, and with `lossless`, random. The diffusion phase of a strided order has a
             whole number of strides, so that with few of them and a small `alpha_0` single runs are far from the
             expected fraction.
         block_length (`int`, *optional*): Length of blocks that are generated left to right, both phases in each; the
@@ -174,8 +174,9 @@ class EsoGenerationConfig(GenerationConfig):
     @property
     def order(self) -> str:
         """The unmasking order, also where it is not set."""
-        shares_forwards = is_integer(self.num_diffusion_steps) or self.is_adaptive or self.lossless
-        return self.unmasking_order or ("strided" if shares_forwards else "random")
+        # Not with `lossless`, which must leave the distribution as it is.
+        is_approximate = not self.lossless and (is_integer(self.num_diffusion_steps) or self.is_adaptive)
+        return self.unmasking_order or ("strided" if is_approximate else "random")
 
 
 @dataclass
@@ -221,6 +222,15 @@ class EsoGenerateOutput(ModelOutput):
     forwards_per_row: torch.Tensor | None = None
     drafts_offered: torch.Tensor | None = None
     drafts_accepted: torch.Tensor | None = None
+
+
+def require_generation_config(generation_config: Any) -> None:
+    """Raises a ValueError for what is not a generation config, a dictionary of settings for example."""
+    if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+        raise ValueError(
+            f"`generation_config` must be an EsoGenerationConfig, got {type(generation_config).__name__}: make one "
+            f"of the settings, or pass them one by one."
+        )
 
 
 def require_count(name: str, value: int | None) -> None:

@@ -172,7 +172,7 @@ def scorers(
             yield setting, partial(score_baseline, sampler, setting)
     else:
         for setting in eso_scoring_settings(alpha_of(name), scale):
-            yield setting, partial(score_sampler, model, setting=setting, num_plans=scale.num_plans)
+            yield setting, partial(score_eso_lm, model, setting, scale.num_plans)
 
 
 @torch.no_grad()
@@ -196,3 +196,10 @@ def score_baseline(sampler: Sampler, setting: dict, text: torch.LongTensor) -> t
     """A [`Score`], under one plan a row."""
     log_likelihood, forwards = sampler.log_likelihood(text, *setting.values())
     return -log_likelihood, torch.full_like(log_likelihood, forwards)
+
+
+def score_eso_lm(
+    model: EsoForMaskedDiffusion, setting: dict, num_plans: int, text: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [`Score`], under `num_plans` plans a row."""
+    return score_sampler(model, text, setting, num_plans)

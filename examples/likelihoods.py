@@ -123,9 +123,9 @@ def budget_settings(
 def score_sampler(
     model: EsoForMaskedDiffusion,
     input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
     setting: dict[str, Any],
     num_plans: int,
+    attention_mask: torch.Tensor | None = None,
     seed: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """How well a sampler, of settings of `generate`, does on texts (sequences, length), and in how many forwards.
@@ -174,7 +174,7 @@ def score_samplers(
     """Exact nats per token, `per_token`, under each sampler, with its forwards."""
     points = []
     for setting in tqdm(settings, desc="Samplers"):
-        nats, forwards = score_sampler(model, input_ids, attention_mask, setting, num_plans, seed)
+        nats, forwards = score_sampler(model, input_ids, setting, num_plans, attention_mask, seed)
         point = {"setting": setting, "forwards": float(forwards.mean())}
         points.append(point | per_token(nats, attention_mask.sum(dim=-1), num_bytes))
     return points

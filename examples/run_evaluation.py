@@ -243,7 +243,7 @@ def main(args: Arguments) -> dict:
         if args.budgets:
             alpha_0 = model.config.alpha_0 if args.alpha_0 is None else args.alpha_0
             samplers = budget_settings(
-                args.budget_alphas or [alpha_0], args.budget_orders, args.budgets, args.entropy_bounds
+                args.budget_alphas or [alpha_0], args.budget_orders, sorted({*args.budgets}), args.entropy_bounds
             )
             results["budgets"] = score_samplers(*scored, list(samplers), num_plans=args.num_plans, seed=args.seed)
             write(results, args.output)

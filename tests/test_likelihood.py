@@ -81,7 +81,7 @@ def test_samples_follow_the_likelihood(alpha_0):
     samples = model.generate(
         max_new_tokens=3,
         num_return_sequences=8100,
-        num_diffusion_steps=10**5,
+        num_diffusion_steps="max",
         generator=generators,
     )
     counts = torch.bincount((samples * torch.tensor([9, 3, 1])).sum(dim=-1), minlength=27).double()
@@ -92,7 +92,7 @@ def test_samples_follow_the_likelihood(alpha_0):
 def test_log_probs_of_a_sample_are_its_likelihood(alpha_0):
     model = randomized_model(alpha_0=alpha_0)
     prompt = random_batch(model, 3, 4)
-    output = model.generate(prompt, max_new_tokens=9, num_diffusion_steps=10**5, top_k=4, return_dict_in_generate=True)
+    output = model.generate(prompt, max_new_tokens=9, num_diffusion_steps="max", top_k=4, return_dict_in_generate=True)
     context = torch.zeros_like(output.sequences)
     context[:, :4] = 1
     orders = output.unmasking_steps.argsort(dim=-1, stable=True)[:, None]

@@ -265,7 +265,7 @@ def all_in_one_group(group_starts):
 def test_samples_follow_the_likelihood(monkeypatch):
     """Chi-square of 8100 samples in two forwards over all 27 texts; with a broken horizon it fails."""
     model, texts = tiny_language(3, alpha_0=1.0)
-    samples = model.generate(max_new_tokens=3, num_return_sequences=8100, num_diffusion_steps=2, eos_token_id=None)
+    samples = model.generate(max_new_tokens=3, num_return_sequences=8100, eos_token_id=None, **PARALLEL)
     counts = torch.bincount((samples * torch.tensor([9, 3, 1])).sum(dim=-1), minlength=27).double()
 
     def chi_square():
@@ -453,6 +453,7 @@ def test_batches_and_the_mode_of_the_model_change_nothing(name):
         ({"num_diffusion_steps": 0}, "`num_diffusion_steps` must be None, 'max' or a positive integer, got 0"),
         ({"num_diffusion_steps": 2, "entropy_bound": 1.0}, "set one of them"),
         ({"num_beams": 3}, "arguments for beam"),
+        ({"generation_config": {"alpha_0": 0.5}}, "`generation_config` must be an EsoGenerationConfig, got dict"),
         ({"streamer": None}, r"\['streamer'\] are not settings"),
         ({"unmasking_ordr": "strided"}, r"\['unmasking_ordr'\] are not settings"),
         ({"guidance_scale": 2.0}, "`guidance_scale=2.0` is not supported"),
