@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from .generation_configuration import EsoGenerationConfig
+from .generation_transformers import require_sampling
 from .modeling_objective import IGNORED_LABEL
 from .training_collator import DataCollatorForHybridMaskedDiffusion
 from .validation import is_number, require_positive_integer
@@ -143,9 +144,8 @@ class HeldOutEvaluationCallback(TrainerCallback):
             require_positive_integer("every", every)
         require_positive_integer("num_draws", num_draws)
         require_positive_integer("num_samples", num_samples)
-        self.samplers = {name: dict(settings) for name, settings in (samplers or {}).items()}
-        for name, settings in self.samplers.items():
-            _require_sampler(name, settings)
+        _require_samplers(samplers)
+        self.samplers = dict(samplers or {})
         if len(dataset) == 0:
             raise ValueError("`dataset` must hold at least one text.")
         self.trainer, self.every, self.num_draws, self.seed = trainer, every, num_draws, seed
@@ -228,16 +228,23 @@ class HeldOutEvaluationCallback(TrainerCallback):
             self._report(state, control, model)
 
 
-def _require_sampler(name: str, settings: dict[str, Any]) -> None:
-    """Raises a ValueError for settings that no sampler has, and for a name that is taken."""
-    if name in ("nelbo", "perplexity"):
-        raise ValueError(f"`samplers` must not have the name {name!r}: it is that of another number.")
-    try:
-        unknown = EsoGenerationConfig().update(**settings)
-    except ValueError as error:
-        raise ValueError(f"`samplers[{name!r}]`: {error}") from error
-    if unknown:
-        raise ValueError(f"`samplers[{name!r}]`: {sorted(unknown)} are not settings of `generate`.")
+def _require_samplers(samplers: Any) -> None:
+    """Raises a ValueError for what are no settings of samplers by name."""
+    if samplers is not None and not isinstance(samplers, Mapping):
+        raise ValueError(f"`samplers` must be a mapping of names to settings, got {type(samplers).__name__}.")
+    for name, settings in (samplers or {}).items():
+        if not isinstance(name, str) or name in ("", "nelbo", "perplexity"):
+            raise ValueError(f"`samplers` must have names, and those of no other number, got {name!r}.")
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"`samplers[{name!r}]` must be a mapping of settings, got {type(settings).__name__}.")
+        config = EsoGenerationConfig()
+        try:
+            unknown = config.update(**settings)
+            require_sampling(config.get_generation_mode())
+        except ValueError as error:
+            raise ValueError(f"`samplers[{name!r}]`: {error}") from error
+        if unknown:
+            raise ValueError(f"`samplers[{name!r}]`: {sorted(unknown)} are not settings of `generate`.")
 
 
 def _like(source: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

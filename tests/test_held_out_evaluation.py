@@ -132,7 +132,10 @@ def test_padding_of_the_examples_is_not_scored(tmp_path):
         ({"every": 0}, "`every` must be a positive integer, got 0"),
         ({"samplers": {"few": {"num_diffusion_steps": 0}}}, r"`samplers\['few'\]`: `num_diffusion_steps` must be"),
         ({"samplers": {"few": {"steps": 4}}}, r"`samplers\['few'\]`: \['steps'\] are not settings of `generate`"),
-        ({"samplers": {"nelbo": {}}}, "must not have the name 'nelbo'"),
+        ({"samplers": {"beams": {"num_beams": 4}}}, r"`samplers\['beams'\]`: .* beam"),
+        ({"samplers": {"nelbo": {}}}, "must have names, and those of no other number, got 'nelbo'"),
+        ({"samplers": {"few": 4}}, r"`samplers\['few'\]` must be a mapping of settings, got int"),
+        ({"samplers": ["few"]}, "`samplers` must be a mapping of names to settings, got list"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
