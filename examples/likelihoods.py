@@ -137,7 +137,7 @@ def score_sampler(
     Returns:
         The mean over plans of -log p(text | plan), in nats, and of the forwards, (sequences,) each. With `lossless`,
         the likelihood is that of one token a forward in its order; the forwards, which depend on chance, are those of
-        as many samples of the same length.
+        as many samples of the same lengths.
     """
 
     def generators() -> list[torch.Generator] | None:
@@ -145,9 +145,11 @@ def score_sampler(
             return None
         return [torch.Generator().manual_seed((seed << 32) + row) for row in range(len(input_ids))]
 
+    input_ids = input_ids.to(model.device)
+    attention_mask = None if attention_mask is None else attention_mask.to(model.device)
     num_plans = 1 if "entropy_bound" in setting else num_plans
     output = model.log_likelihood(input_ids, attention_mask, num_orders=num_plans, generator=generators(), **setting)
-    if setting.get("lossless"):
+    if output.num_function_evaluations is None:
         samples = model.generate(
             torch.full_like(input_ids, model.config.mask_token_id),  # as many holes as the text has tokens
             attention_mask=attention_mask,
