@@ -14,7 +14,7 @@ from .evaluation_likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoN
 from .generation import EsoGenerationMixin
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 from .modeling_eso import EsoForMaskedDiffusion, EsoModel
-from .training_collator import DataCollatorForHybridMaskedDiffusion
+from .training_collator import DataCollatorForDraftHead, DataCollatorForHybridMaskedDiffusion
 
 if TYPE_CHECKING:
     from .training_callbacks import ExponentialMovingAverageCallback, HeldOutEvaluationCallback
@@ -25,6 +25,7 @@ for auto_class in (AutoModel, AutoModelForMaskedLM, AutoModelForCausalLM):
 del auto_class
 
 __all__ = [
+    "DataCollatorForDraftHead",
     "DataCollatorForHybridMaskedDiffusion",
     "EsoConfig",
     "EsoForMaskedDiffusion",

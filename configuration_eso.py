@@ -41,6 +41,8 @@ class EsoConfig(PreTrainedConfig):
         use_cache (`bool`, defaults to `True`): Whether `generate` uses its KV cache, unless told otherwise. A plain
             forward makes a cache only when it is asked to by its own `use_cache`: its slots then stay as given.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
+        draft_rank (`int`, *optional*): Rank of the draft head, which lets tokens that are drawn together know one
+            another; 64 will do. `None`: no such head.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Of a causal decoder of transformers that takes the
             place of `EsoModel`: Llama, Qwen, GPT-2, ... The sizes above are then read from it, whatever is given
             here, and the other fields of the architecture have no meaning.
@@ -78,6 +80,7 @@ class EsoConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
+    draft_rank: int | None = None
     backbone_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -109,6 +112,7 @@ class EsoConfig(PreTrainedConfig):
             "max_position_embeddings",
         ):
             require_positive_integer(name, getattr(self, name))
+        require_positive_integer("draft_rank", self.draft_rank, or_none=True)
         if self.backbone_config is None:
             self._validate_attention_heads()
             self._validate_rope_parameters()

@@ -92,7 +92,8 @@ class EsoLikelihoodMixin(EsoLM):
 
         That is the likelihood of one token a forward, under the model's own distribution. With settings of `generate`
         it is that of the sampler which `generate` then is: tokens of a forward are drawn independently, each from what
-        stood before its group and the masks of its group up to its own, so that the likelihood given a plan, an order
+        stood before its group and the masks of its group up to its own (and, with a draft head, its neighbours among
+        the tokens drawn before it), so that the likelihood given a plan, an order
         and its groups, is exact as well, and takes one forward for all groups. (For masked diffusion, which needs a
         forward for each: DUEL, arXiv 2603.01367.) Adaptive unmasking, and logits processors that look at the text,
         depend on what has been decided: the text is forced through decoding, in as many forwards as sampling takes.
@@ -144,12 +145,15 @@ class EsoLikelihoodMixin(EsoLM):
             generating, canvas = cast(EsoGenerationMixin, self), texts.canvas()
             policy, alpha_0, sampler = generating.sampler_for(canvas, generation_config, logits_processor, **settings)
         alpha_0 = self._check_alpha_0(alpha_0)
+        head = cast(EsoGenerationMixin, self).draft_head_for(policy)
         orders, groups, log_weights = choose_plans(texts, num_orders, orders, groups, alpha_0, generator, policy)
 
         pairs = orders.shape[1]
         texts, plan = texts.repeat(pairs), GenerationPlan(orders.flatten(0, 1), groups.flatten(0, 1))
         if policy is not None and (policy.is_adaptive or sampler.looks_at_text):
-            token_log_probs, is_greedy, num_forwards = score_by_decoding(self, texts, plan, budget, sampler, policy)
+            token_log_probs, is_greedy, num_forwards = score_by_decoding(
+                self, texts, plan, budget, sampler, policy, head
+            )
         else:
             tokens = texts.tokens.gather(1, plan.order)
             layout = Layout(
@@ -160,7 +164,7 @@ class EsoLikelihoodMixin(EsoLM):
                 sequential_rows=torch.ones(len(tokens), dtype=torch.bool),
                 group_starts=plan.group_starts,
             )
-            values, is_greedy = score(self, layout, budget, "Orders", sampler)
+            values, is_greedy = score(self, layout, budget, "Orders", sampler, head)
             num_forwards = plan.num_groups
             # From slots back to columns.
             slot_of_column = plan.order.argsort(dim=-1)

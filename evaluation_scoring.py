@@ -1,21 +1,21 @@
 """Scores text, laid out in generation order: in one pass, in chunks on a cache, or forced through decoding."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.utils.logging import tqdm
 
 from .evaluation_plans import Texts
 from .generation_cache import PreallocatedCache
 from .generation_configuration import DEFAULT_NUM_CANDIDATES, EsoGenerationConfig
-from .generation_decoding import Decisions, Decoder, Feed
+from .generation_decoding import Decisions, Decoder, Feed, Outputs
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler
-from .generation_unmasking import ParallelUnmasking
+from .generation_unmasking import Drawer, ParallelUnmasking
+from .modeling_drafting import EsoDraftHead, find_neighbours
+from .modeling_inference import evaluation_mode
 from .modeling_interface import EsoLM
 from .modeling_objective import states_at
 from .validation import is_number, require_positive_integer
@@ -93,7 +93,12 @@ class Layout:
 
 
 def score(
-    model: EsoLM, layout: Layout, budget: Budget, title: str, sampler: TokenSampler
+    model: EsoLM,
+    layout: Layout,
+    budget: Budget,
+    title: str,
+    sampler: TokenSampler,
+    head: EsoDraftHead | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities of the targets at the wanted slots, batch by batch, in evaluation mode.
 
@@ -105,6 +110,7 @@ def score(
         budget: How much a forward may hold.
         title: Of the progress bar.
         sampler: With which filters tokens are taken to be drawn; none of them looks at the text.
+        head: The draft head, if tokens of a group know their neighbours; of rows of two streams alone.
 
     Returns:
         (rows, slots), log p of the target, in nats, 0 elsewhere; and whether it is the most probable token.
@@ -121,9 +127,9 @@ def score(
             if not part.is_wanted.any():
                 continue
             if budget.chunk_length is None:
-                scored = _score_at_once(model, part, sampler)
+                scored = _score_at_once(model, part, sampler, head)
             else:
-                scored = _score_chunks(model, part, sampler, budget.chunk_length)
+                scored = _score_chunks(model, part, sampler, head, budget.chunk_length)
             values[scored.rows + batch.start, scored.places] = scored.log_probs
             is_greedy[scored.rows + batch.start, scored.places] = scored.is_greedy
     return values, is_greedy
@@ -136,6 +142,7 @@ def score_by_decoding(
     budget: Budget,
     sampler: TokenSampler,
     settings: EsoGenerationConfig,
+    head: EsoDraftHead | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The same for samplers that look at what they have decided: texts are forced through the decoding loop.
 
@@ -145,6 +152,7 @@ def score_by_decoding(
         plan: That of each row.
         budget, sampler: As for `score`.
         settings: Those of adaptive unmasking.
+        head: The draft head, if tokens of a forward know their neighbours.
 
     Returns:
         (rows, length), log p of each token, in nats, 0 where given, by column; whether it is the most probable one;
@@ -160,7 +168,7 @@ def score_by_decoding(
     with evaluation_mode(model), model.ready_to_decode():
         for batch in budget.batches(rows, _bytes_per_row(model, length, widest), "Forced decoding"):
             canvas, step = texts[batch].canvas(), 0
-            strategy = ForcedUnmasking(texts.tokens[batch], canvas, plan[batch], sampler, True, settings)
+            strategy = ForcedUnmasking(texts.tokens[batch], canvas, plan[batch], sampler, True, settings, head)
             decoder = Decoder(model, PreallocatedCache(model.config.num_hidden_layers, length))
             while not canvas.is_finished():
                 step += 1
@@ -185,28 +193,17 @@ class ForcedUnmasking(ParallelUnmasking):
         self.is_greedy = torch.ones(texts.shape, dtype=torch.bool)
         self.num_forwards = [0] * len(texts)
 
-    def choose(self, scores: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
-        return self.texts[rows, columns].to(scores.device)
+    def drawer(self, rows: list[int], columns: list[int], device: torch.device) -> Drawer:
+        texts = self.texts[rows, columns].to(device)
+        return lambda scores, slots: texts[slots]
 
-    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
-        decisions = super().decide(logits, step)
+    def decide(self, outputs: Outputs, step: int) -> Decisions:
+        decisions = super().decide(outputs, step)
         for row, width in enumerate(self.widths):
             self.num_forwards[row] += width > 0
         places = (decisions.rows, decisions.columns)
         self.values[places], self.is_greedy[places] = _judge(self.sampler, decisions.scores, self.texts[places])
         return decisions
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode for as long as the context lasts, and then each module as it was."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _judge(sampler: TokenSampler, scores: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,7 +229,7 @@ def _bytes_per_row(model: EsoLM, slots: int, chunk_length: int | None) -> int:
     return 4 * (fed * (12 * config.hidden_size + scores * cached) + cache + chunk_length * config.vocab_size)
 
 
-def _score_at_once(model: EsoLM, layout: Layout, sampler: TokenSampler) -> Scored:
+def _score_at_once(model: EsoLM, layout: Layout, sampler: TokenSampler, head: EsoDraftHead | None) -> Scored:
     """In one forward, of two streams where `sequential_rows` says so."""
     device = model.device
     labels = layout.targets.to(device)
@@ -247,17 +244,21 @@ def _score_at_once(model: EsoLM, layout: Layout, sampler: TokenSampler) -> Score
         layout.sequential_rows.to(device),
         layout.group_starts.to(device),
     )
+    teller = _Teller(head, layout, device)
     labels = labels[rows, slots]
     judged = []
     for part in torch.arange(len(states)).split(max(1, LOGITS_AT_A_TIME // model.config.vocab_size)):
         part = slice(int(part[0]), int(part[-1]) + 1)
-        scores = sampler.process(model.compute_logits(states[part]).float(), None, [], [])
+        outputs = Outputs(model.compute_logits(states[part]).float(), states[part])
+        scores = sampler.process(teller.correct(outputs, rows[part], slots[part]), None, [], [])
         judged.append(_judge(sampler, scores, labels[part]))
     log_probs, is_greedy = (torch.cat(parts) for parts in zip(*judged, strict=True))
     return Scored(rows.cpu(), slots.cpu(), log_probs, is_greedy)
 
 
-def _score_chunks(model: EsoLM, layout: Layout, sampler: TokenSampler, chunk_length: int) -> Scored:
+def _score_chunks(
+    model: EsoLM, layout: Layout, sampler: TokenSampler, head: EsoDraftHead | None, chunk_length: int
+) -> Scored:
     """Rows of two streams, about `chunk_length` slots at a time on top of a cache.
 
     This is how lossless decoding judges its drafts: a forward takes the tokens, causal, and for each of them a mask
@@ -268,7 +269,7 @@ def _score_chunks(model: EsoLM, layout: Layout, sampler: TokenSampler, chunk_len
     chunks = [list(_chunks(starts, chunk_length)) for starts in layout.group_starts.tolist()]
     largest = max(stop - start for row in chunks for start, stop in row)
     decoder = Decoder(model, PreallocatedCache(model.config.num_hidden_layers, length + largest))
-    scored = []
+    teller, scored = _Teller(head, layout, model.device), []
     for number in range(max(len(row) for row in chunks)):
         # Rows that are done feed nothing more.
         bounds = torch.tensor([row[number] if number < len(row) else (length, length) for row in chunks])
@@ -283,7 +284,7 @@ def _score_chunks(model: EsoLM, layout: Layout, sampler: TokenSampler, chunk_len
         is_wanted = layout.is_wanted & is_own
         # Given tokens come first, and padding last: what is wanted is in one piece.
         first, count = is_wanted.long().argmax(dim=-1) - starts + sizes, is_wanted.sum(dim=-1)
-        logits = decoder(
+        outputs = decoder(
             Feed(
                 starts=starts.tolist(),
                 input_ids=torch.where(is_content, layout.targets.gather(1, slots), mask_token_id),
@@ -298,9 +299,37 @@ def _score_chunks(model: EsoLM, layout: Layout, sampler: TokenSampler, chunk_len
             )
         )
         rows, places = is_wanted.nonzero().unbind(dim=-1)
-        scores = sampler.process(logits, None, [], [])
+        scores = sampler.process(teller.correct(outputs, rows, places), None, [], [])
         scored.append(Scored(rows, places, *_judge(sampler, scores, layout.targets[rows, places])))
     return Scored(*(torch.cat([getattr(part, name) for part in scored]) for name in Scored.__dataclass_fields__))
+
+
+class _Teller:
+    """Tells slots what the tokens of their group beside them are, as far as those are drawn before.
+
+    Args:
+        head: The draft head; None: they are not told.
+        layout: The rows.
+        device: Of the model.
+    """
+
+    def __init__(self, head: EsoDraftHead | None, layout: Layout, device: torch.device):
+        self.head = head
+        if head is not None:
+            neighbours = find_neighbours(layout.position_ids, layout.group_starts, layout.is_wanted)
+            self.tokens = layout.targets[:, None].expand(-1, 2, -1).gather(2, neighbours.slots.clamp(min=0).mT).mT
+            self.distances, self.device = neighbours.distances, device
+
+    def correct(self, outputs: Outputs, rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """The logits (some slots, vocab) of the slots at (rows, slots), each as it was drawn from."""
+        if self.head is None or outputs.states is None:
+            return outputs.logits
+        rows, slots = rows.cpu(), slots.cpu()
+        tokens, distances = self.tokens[rows, slots], self.distances[rows, slots]
+        index = (distances > 0).any(dim=-1).nonzero()[:, 0]
+        told = (tokens[index].to(self.device), distances[index].to(self.device))
+        index = index.to(self.device)
+        return outputs.logits.index_add(0, index, self.head(outputs.states[index], *told))
 
 
 def _chunks(group_starts: list[int], chunk_length: int) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,8 @@ from .generation_decoding import Decoder, DecodingStrategy
 from .generation_logits_process import for_slots
 from .generation_lossless import LosslessUnmasking
 from .generation_observers import Observers, ScoreRecorder, StopWatcher, TextFeed
-from .generation_plan import plan_rows
+from .generation_pace import Pace, costs_of
+from .generation_plan import GenerationPlan, plan_rows
 from .generation_sampling import Generators, TokenSampler, require_generators
 from .generation_transformers import (
     FittedGenerationMixin,
@@ -29,7 +30,8 @@ from .generation_transformers import (
     require_sampling,
 )
 from .generation_unmasking import ParallelUnmasking
-from .validation import require_attention_mask, require_shape, require_token_ids, to_python
+from .modeling_drafting import EsoDraftHead, require_draft_head
+from .validation import is_integer, require_attention_mask, require_shape, require_token_ids, to_python
 
 
 class EsoGenerationMixin(FittedGenerationMixin):
@@ -126,8 +128,8 @@ class EsoGenerationMixin(FittedGenerationMixin):
             take_over_cache(cache_to_go_on_from, cast(PreallocatedCache, past_key_values), canvas)
         watcher = StopWatcher(stopping_criteria, canvas, self.device)
         sampler = self._make_sampler(generation_config, logits_processor, generator)
-        strategy = _make_strategy(generation_config, canvas, sampler, alpha_0, use_cache=past_key_values is not None)
-        decoder = self._make_decoder(generation_config, past_key_values, strategy, canvas)
+        plan = plan_rows(canvas, generator, alpha_0, generation_config)
+        decoding = (canvas, plan, sampler, past_key_values is not None)
         recorded = [name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")]
         recorder = ScoreRecorder(
             recorded if generation_config.return_dict_in_generate else [], canvas, self.config.vocab_size, self.device
@@ -137,15 +139,17 @@ class EsoGenerationMixin(FittedGenerationMixin):
             Observers(canvas, watcher, recorder, streamer, bool(generation_config.progress_bar)) as observers,
             self.ready_to_decode(),
         ):
+            strategy = self._make_strategy(generation_config, *decoding)
+            decoder = self._make_decoder(generation_config, past_key_values, strategy, canvas)
             observers.start()
             while self._has_unfinished_sequences(is_finished := canvas.is_finished(), synced_gpus, self.device):
                 if is_finished:
                     # Other processes go on, and need this one to take part in gathering the weights.
                     self(input_ids=torch.full((1, 1), self.config.mask_token_id, device=self.device))
                     continue
-                logits = decoder(strategy.next_feed())  # (kept slots of all rows, vocab)
+                outputs = decoder(strategy.next_feed())
                 num_forwards += 1
-                decisions = strategy.decide(logits, num_forwards)
+                decisions = strategy.decide(outputs, num_forwards)
                 observers.update(decisions)
 
         sequences = canvas.sequences().to(self.device)
@@ -212,7 +216,31 @@ class EsoGenerationMixin(FittedGenerationMixin):
         require_supported_settings(generation_config, is_left_to_right)
         require_special_tokens(generation_config, self.config.vocab_size, self.config.mask_token_id)
         require_no_prompt_learning(self)
+        self.draft_head_for(generation_config)
         return alpha_0
+
+    def _make_strategy(
+        self,
+        generation_config: EsoGenerationConfig,
+        canvas: Canvas,
+        plan: GenerationPlan,
+        sampler: TokenSampler,
+        use_cache: bool,
+    ) -> DecodingStrategy:
+        """How tokens are decided: in parallel as planned, or adaptively, or without loss."""
+        head = self.draft_head_for(generation_config)
+        if generation_config.lossless:
+            draft_length = generation_config.draft_length
+            pace = Pace(draft_length) if is_integer(draft_length) else Pace(None, costs_of(self))
+            return LosslessUnmasking(canvas, plan, sampler, use_cache, pace, head)
+        return ParallelUnmasking(canvas, plan, sampler, use_cache, generation_config, head)
+
+    def draft_head_for(self, generation_config: EsoGenerationConfig | None) -> EsoDraftHead | None:
+        """The draft head, if there is one and it is not switched off."""
+        wanted = None if generation_config is None else generation_config.use_draft_head
+        if wanted:
+            return require_draft_head(self)
+        return None if wanted is False else self.draft_head
 
     def _make_decoder(
         self,
@@ -250,16 +278,6 @@ def _make_canvas(
         eos_token_ids=[] if eos_tokens is None else eos_tokens.tolist(),
         pad_token_id=0 if pad_token is None else int(pad_token),
     )
-
-
-def _make_strategy(
-    generation_config: EsoGenerationConfig, canvas: Canvas, sampler: TokenSampler, alpha_0: float, use_cache: bool
-) -> DecodingStrategy:
-    """How `generate` decides tokens: in parallel as planned, or adaptively, or without loss."""
-    plan = plan_rows(canvas, sampler.generator, alpha_0, generation_config)
-    if generation_config.lossless:
-        return LosslessUnmasking(canvas, plan, sampler, use_cache, generation_config.draft_length or "auto")
-    return ParallelUnmasking(canvas, plan, sampler, use_cache, generation_config)
 
 
 __all__ = ["EsoGenerationMixin"]

@@ -67,7 +67,12 @@ class EsoGenerationConfig(GenerationConfig):
         lossless (`bool`, *optional*, defaults to `False`): Whether tokens are only drafted in parallel, and kept or
             replaced so that the text is distributed exactly as if drawn one token a forward in the same order.
         draft_length (`int` or `str`, *optional*): Tokens of a draft, with `lossless` (unused where that is `False`);
-            "auto" or `None`: chosen for each row by what its drafts have met with. The order does not depend on it.
+            "auto" or `None`: chosen by what drafts have met with and by what forwards cost on the device, which is
+            measured at the first call, down to one token a forward where drafts do not pay. The order does not depend
+            on it, nor does the distribution; but the text that a seed gives does, so that with "auto" it may differ
+            between machines and batches.
+        use_draft_head (`bool`, *optional*): Whether tokens that a forward draws together know their neighbours
+            through the draft head. `None`: if the model has one.
         lockstep (`bool`, *optional*, defaults to `False`): Whether the rows of a batch share the numbers of tokens of
             their forwards. Each sample alone still follows the right distribution, but those of a call are no longer
             independent of one another: a statistic over them has the error of far fewer. For measurements of speed,
@@ -90,6 +95,7 @@ class EsoGenerationConfig(GenerationConfig):
         self.num_candidates: int | None = kwargs.pop("num_candidates", None)
         self.lossless: bool | None = kwargs.pop("lossless", None)
         self.draft_length: int | Literal["auto"] | None = kwargs.pop("draft_length", None)
+        self.use_draft_head: bool | None = kwargs.pop("use_draft_head", None)
         self.lockstep: bool | None = kwargs.pop("lockstep", None)
         self.progress_bar: bool | None = kwargs.pop("progress_bar", None)
         kwargs.setdefault("do_sample", True)
@@ -137,7 +143,7 @@ class EsoGenerationConfig(GenerationConfig):
                 f"`{criteria[0]}={getattr(self, criteria[0])}` is to find: set one of them (also in "
                 f"`model.generation_config`)."
             )
-        for name in ("lossless", "lockstep"):
+        for name in ("lossless", "lockstep", "use_draft_head"):
             if not isinstance(getattr(self, name), bool | None):
                 raise ValueError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
         if self.lossless and criteria:

@@ -14,6 +14,7 @@ from transformers.masking_utils import BlockMask
 from .generation_cache import PreallocatedCache, SlotPlaces
 from .generation_plan import GenerationPlan
 from .modeling_attention import PackedRows, make_attention_mask
+from .modeling_drafting import EsoLMOutput
 from .modeling_interface import EsoLM
 
 MAX_COMPILED_SLOTS = 128
@@ -43,6 +44,19 @@ class Feed:
     kept: list[range]
     horizon: torch.Tensor | None = None
     first_mask: torch.Tensor | None = None
+
+
+@dataclass
+class Outputs:
+    """What a forward says of the kept slots of all rows, row by row.
+
+    Args:
+        logits: (kept, vocab), in float32.
+        states: (kept, hidden), behind the logits; None without a draft head.
+    """
+
+    logits: torch.Tensor
+    states: torch.Tensor | None
 
 
 @dataclass
@@ -80,8 +94,8 @@ class DecodingStrategy(ABC):
         """What the next forward gets."""
 
     @abstractmethod
-    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
-        """Decides tokens with the logits (kept slots of all rows, vocab) of forward number `step`."""
+    def decide(self, outputs: Outputs, step: int) -> Decisions:
+        """Decides tokens with what forward number `step` says of the kept slots of all rows."""
 
     def statistics(self) -> dict[str, list[int]]:
         """What else `generate` reports of each row, by the names of [`EsoGenerateOutput`]."""
@@ -107,8 +121,8 @@ class Decoder:
         self.compiled_forward = compiled_forward or model
 
     @torch.no_grad()
-    def __call__(self, feed: Feed) -> torch.Tensor:
-        """Returns (kept slots of all rows, vocab), logits in float32, row by row."""
+    def __call__(self, feed: Feed) -> Outputs:
+        """Runs a forward."""
         is_static = self._has_static_shape(feed.input_ids.shape[1])
         is_uniform = len(set(feed.starts)) == 1 and len(set(feed.num_fed)) == 1
         if not is_static and (self.cache is None or is_uniform):
@@ -117,16 +131,16 @@ class Decoder:
             return self._run_packed(feed)
         return self._run_padded(feed, is_static)
 
-    def _run_uniform(self, feed: Feed) -> torch.Tensor:
+    def _run_uniform(self, feed: Feed) -> Outputs:
         """Rows that stand at the same place; without a cache, what some of them feed less is padding behind."""
         _rewind(self.cache, feed.starts[0])
         slots_to_keep, mask = _slots_to_keep(feed, feed.input_ids.shape[1]), None
         if feed.horizon is not None and feed.first_mask is not None:
             mask = self._narrow_mask(feed.horizon, feed.first_mask)
-        logits = self._forward(self.model, feed.input_ids, feed.position_ids, mask, slots_to_keep)
-        return _of_kept_slots(logits, feed)
+        output = self._forward(self.model, feed.input_ids, feed.position_ids, mask, slots_to_keep)
+        return _of_kept_slots(cast(torch.Tensor, output.logits), output.draft_states, feed)
 
-    def _run_packed(self, feed: Feed) -> torch.Tensor:
+    def _run_packed(self, feed: Feed) -> Outputs:
         """Rows that advance apart: their slots one behind the other."""
         padded, starts = torch.arange(feed.input_ids.shape[1]).expand(feed.input_ids.shape), torch.tensor(feed.starts)
         rows, own = (padded < torch.tensor(feed.num_fed)[:, None]).nonzero().unbind(dim=-1)
@@ -137,7 +151,7 @@ class Decoder:
         cast(PreallocatedCache, self.cache).keep(
             max(num_keys), SlotPlaces(row_index[None], cache_index[None], batch=len(feed.num_fed))
         )
-        logits = self._forward(
+        output = self._forward(
             self.model,
             feed.input_ids[rows, own][None],
             feed.position_ids[rows, own][None],
@@ -145,9 +159,10 @@ class Decoder:
             torch.tensor(kept, dtype=torch.long)[None],
             packed_rows=PackedRows(feed.num_fed, num_keys, row_index, slot_index),
         )
-        return logits[0].float()
+        logits, states = cast(torch.Tensor, output.logits), output.draft_states
+        return Outputs(logits[0].float(), None if states is None else states[0])
 
-    def _run_padded(self, feed: Feed, is_static: bool) -> torch.Tensor:
+    def _run_padded(self, feed: Feed, is_static: bool) -> Outputs:
         """Rows that are filled up to the same number of slots, with the last that counts once more."""
         cache = cast(PreallocatedCache, self.cache)
         batch, num_slots = feed.input_ids.shape
@@ -164,15 +179,18 @@ class Decoder:
         device = self.model.device
         rows = torch.arange(batch, device=device)[:, None]
         cache.keep(num_keys, SlotPlaces(rows, (starts + own).to(device), batch))
-        logits = self._forward(
+        output = self._forward(
             self.compiled_forward if is_static else self.model,
             feed.input_ids.gather(1, own),
             feed.position_ids.gather(1, own),
             self._wide_mask(feed, own, starts, num_keys),
             _slots_to_keep(feed, num_slots, is_static),
         )
-        # A CUDA graph will write its next logits to the same place.
-        return _of_kept_slots(logits.clone() if is_static else logits, feed)
+        logits, states = cast(torch.Tensor, output.logits), output.draft_states
+        if is_static:
+            # A CUDA graph will write its next outputs to the same place.
+            logits, states = logits.clone(), None if states is None else states.clone()
+        return _of_kept_slots(logits, states, feed)
 
     def _forward(
         self,
@@ -182,8 +200,8 @@ class Decoder:
         attention_mask: torch.Tensor | BlockMask | None,
         slots_to_keep: torch.Tensor,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """The logits of a forward, (batch, kept, vocab), from tensors of the host."""
+    ) -> EsoLMOutput:
+        """A forward, from tensors of the host."""
         device = self.model.device
         input_ids, position_ids = torch.stack([input_ids, position_ids]).to(device)
         return forward(
@@ -193,7 +211,7 @@ class Decoder:
             past_key_values=self.cache,
             logits_to_keep=slots_to_keep.to(device),
             **kwargs,
-        ).logits
+        )
 
     def _has_static_shape(self, num_slots: int) -> bool:
         cache = self.cache
@@ -233,12 +251,15 @@ def _slots_to_keep(feed: Feed, num_slots: int, is_static: bool = False) -> torch
     return (first + torch.arange(num_kept)).clamp(max=num_slots - 1)
 
 
-def _of_kept_slots(logits: torch.Tensor, feed: Feed) -> torch.Tensor:
-    """From (batch, kept, vocab) to (kept slots of all rows, vocab), in float32."""
+def _of_kept_slots(logits: torch.Tensor, states: torch.Tensor | None, feed: Feed) -> Outputs:
+    """From (batch, kept, ...) to (kept slots of all rows, ...)."""
     num_kept = torch.tensor([len(kept) for kept in feed.kept])[:, None]
     is_kept = (torch.arange(logits.shape[1]) < num_kept).flatten()
-    logits = logits.float().flatten(0, 1)
-    return logits if is_kept.all() else logits[is_kept.nonzero()[:, 0].to(logits.device)]
+    logits, states = logits.float().flatten(0, 1), None if states is None else states.flatten(0, 1)
+    if is_kept.all():
+        return Outputs(logits, states)
+    index = is_kept.nonzero()[:, 0].to(logits.device)
+    return Outputs(logits[index], None if states is None else states[index])
 
 
 def _rewind(cache: Cache | None, length: int) -> None:

@@ -5,62 +5,18 @@ itself: it draws the next tokens in parallel, and its next forward, which drafts
 conditionals.
 """
 
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 
 from .generation_canvas import Canvas
-from .generation_decoding import Decisions, DecodingStrategy, Feed
+from .generation_decoding import Decisions, DecodingStrategy, Feed, Outputs
+from .generation_drafting import DrawingTurns
+from .generation_pace import Pace
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
-
-DRAFT_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
-"""What `draft_length="auto"` chooses from."""
-
-COST_OF_A_SLOT = 0.02
-"""What one more slot adds to the time of a forward, of which the rest takes 1."""
-
-
-class DraftLength:
-    """The draft length of a row, fixed or chosen for what its drafts have met with so far.
-
-    Were every draft accepted with the same probability a, independently, a draft of k tokens (of which the first is
-    exact) would bring a + ... + a^(k-1) accepted ones, then one in place of a refused one, and the next first one; a
-    refusal costs a forward that only drafts. "auto" takes the length that brings the most tokens for the time. Of its
-    estimate of a, every round weighs 0.9 of the one after it.
-
-    Args:
-        draft_length: Tokens of a draft, or "auto".
-    """
-
-    discount = 0.9
-
-    def __init__(self, draft_length: int | str):
-        self.is_fixed = draft_length != "auto"
-        self.value = draft_length if self.is_fixed else 4
-        self.accepted, self.judged = 0.0, 0.0
-
-    def update(self, offered: int, accepted: int) -> None:
-        """Takes note of a round that offered so many drafts and accepted so many of them, up to the first refusal."""
-        self.accepted = self.discount * self.accepted + accepted
-        self.judged = self.discount * self.judged + min(accepted + 1, offered)
-        if not self.is_fixed:
-            # What has been seen counts for more the more it is; before, four of five are taken to be accepted.
-            rate = (self.accepted + 0.8) / (self.judged + 1)
-            self.value = max(DRAFT_LENGTHS, key=lambda length: tokens_for_time(rate, length))
-
-
-def tokens_for_time(acceptance: float, draft_length: int) -> float:
-    """Expected tokens for the time of a forward of no slots, with drafts of this length; see [`DraftLength`]."""
-
-    def cost(slots: int) -> float:
-        return 1 + COST_OF_A_SLOT * slots
-
-    if draft_length == 1:
-        return 1 / cost(2)
-    accepted = sum(acceptance**index for index in range(1, draft_length))
-    refused = 1 - acceptance ** (draft_length - 1)
-    return (accepted + refused + 1) / (cost(3 * draft_length - 1) + refused * cost(draft_length + 1))
+from .modeling_drafting import EsoDraftHead
 
 
 def accepts(p: torch.Tensor, q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -78,18 +34,19 @@ def what_drafts_leave(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
 class LosslessUnmasking(DecodingStrategy):
     """Drafts tokens in parallel and keeps those that one-token sampling might have drawn, with its probabilities.
 
-    The first token of a draft is drawn from its exact conditional and decided at once. The others wait for the next
-    forward, which holds, on top of the cache: tokens decided but not cached yet, and the drafts (causal); for each
-    draft a mask that sees what stands before it, which gives its exact conditional p; and masks at the next slots,
-    which draft on. Draft by draft, a token drawn from q is kept with probability min(1, p / q). At the first refusal,
-    the token is drawn from the normalised positive part of p - q, and the rest of the draft is void.
+    A forward holds, on top of the cache: tokens decided but not cached yet, and the drafts (causal); and a group of
+    masks for each place where the draft may turn out to end. The first mask of a group sees what stands before that
+    place, which gives the exact conditional p of its token; the others draft on, as if the draft ended there. Draft by
+    draft, a token drawn from q is kept with probability min(1, p / q); at the first refusal, the token is drawn from
+    the normalised positive part of p - q, and where all are kept, from p. The next draft comes from the masks behind.
 
     Args:
         canvas: The text to fill in.
         plan: The order of each row; a group is a token.
         sampler: How tokens are chosen, in drafting and in judging alike.
         use_cache: Whether what is decided is cached.
-        draft_length: Tokens of a draft, or "auto".
+        pace: How many tokens are drafted, and how many masks are ready where a draft may be refused.
+        head: The draft head, which lets the tokens of a draft know one another; None: they do not.
     """
 
     def __init__(
@@ -98,55 +55,77 @@ class LosslessUnmasking(DecodingStrategy):
         plan: GenerationPlan,
         sampler: TokenSampler,
         use_cache: bool,
-        draft_length: int | str,
+        pace: Pace,
+        head: EsoDraftHead | None,
     ):
         self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
+        self.pace, self.head = pace, head
         self.order = plan.order
         self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)
         self.cached = [len(columns) for columns in canvas.cached_columns]
-        self.draft_lengths = [DraftLength(draft_length) for _ in range(canvas.batch)]
         # Of each row, the drafted tokens of the slots behind the decided ones, and q, (drafts, vocab), of each.
         self.drafts: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.proposals = [torch.empty(0)] * canvas.batch
-        self.widths = [0] * canvas.batch  # masks that draft on
+        # Of each row, the masks of each group; and where in the logits of a forward the groups begin.
+        self.widths: list[list[int]] = [[] for _ in range(canvas.batch)]
+        self.first_masks: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.num_forwards, self.num_offered, self.num_accepted = ([0] * canvas.batch for _ in range(3))
 
     def next_feed(self) -> Feed:
-        canvas = self.canvas
-        slots, num_content, is_idle = [], [], canvas.idle_rows(in_lockstep=False)
+        canvas, fed = self.canvas, []
+        is_idle = canvas.idle_rows(in_lockstep=False)
+        rhythm = self.pace.rhythm(canvas.batch - sum(is_idle))
+        num_masks = 0
         for row in range(canvas.batch):
+            self.widths[row] = []
             if is_idle[row]:
                 self.drafts[row] = []
-            num_drafts, decided = len(self.drafts[row]), self.decided[row]
-            drafted = decided + num_drafts
-            self.widths[row] = 0 if is_idle[row] else min(self.draft_lengths[row].value, self.ends[row] - drafted)
-            content = [] if is_idle[row] else [*range(self.cached[row], drafted)]
-            masks = [*range(decided, drafted + self.widths[row])]
-            slots.append(content + masks)
-            num_content.append(len(content))
-            self.num_forwards[row] += not is_idle[row]
+                fed.append(_Fed([], [], [], 0))
+                continue
+            num_drafts, decided, cached = len(self.drafts[row]), self.decided[row], self.cached[row]
+            content = range(cached, decided + num_drafts)
+            slots, horizon, first = [*content], [*range(1, len(content) + 1)], [*range(len(content))]
+            for end in range(num_drafts + 1):
+                longest = rhythm.length if end == num_drafts else 1 + rhythm.redraft
+                start = decided + end
+                width = min(longest, self.ends[row] - start)
+                first += [len(slots)] * width
+                horizon += [start - cached] * width
+                slots += range(start, start + width)
+                self.widths[row].append(width)
+            fed.append(_Fed(slots, horizon, first, len(content)))
+            self.first_masks[row] = list(accumulate(self.widths[row], initial=num_masks))
+            num_masks += sum(self.widths[row])
+            self.num_forwards[row] += 1
             self.num_offered[row] += num_drafts
-        num_fed = [len(row_slots) for row_slots in slots]
-        # Where a row that is done has to be filled up, it writes its last cached slot once more, as it was.
-        last = [max(fed[-1] if fed else cached - 1, 0) for fed, cached in zip(slots, self.cached, strict=True)]
-        padded = [fed + [end] * (max(num_fed) - len(fed)) for fed, end in zip(slots, last, strict=True)]
+        most = max(len(row.slots) for row in fed)
+        # Where a row has to be filled up, it writes its last slot once more, as it was.
+        padded = []
+        for of_row, cached in zip(fed, self.cached, strict=True):
+            last_slot = of_row.slots[-1] if of_row.slots else max(cached - 1, 0)
+            padded.append(of_row.slots + [last_slot] * (most - len(of_row.slots)))
         columns = self.order.gather(1, torch.tensor(padded))
         input_ids = canvas.tokens.gather(1, columns)
         for row, drafts in enumerate(self.drafts):
-            input_ids[row, num_content[row] - len(drafts) : num_content[row]] = torch.tensor(drafts, dtype=torch.long)
-        horizon = first_mask = None
+            stop = fed[row].num_content
+            input_ids[row, stop - len(drafts) : stop] = torch.tensor(drafts, dtype=torch.long)
+        visibility: tuple[torch.Tensor | None, ...] = (None, None)
         if any(self.drafts):
-            horizon, first_mask = self._visibility(num_content, max(num_fed))
+            # Behind the slots of a row, any will do.
+            visibility = tuple(
+                torch.tensor([getattr(row, name) + [0] * (most - len(row.slots)) for row in fed])
+                for name in ("horizon", "first_mask")
+            )
         return Feed(
             starts=list(self.cached),
             input_ids=input_ids,
             position_ids=canvas.text_positions.gather(1, columns),
-            num_fed=num_fed,
-            kept=[range(content, fed) for content, fed in zip(num_content, num_fed, strict=True)],
-            horizon=horizon,
-            first_mask=first_mask,
+            num_fed=[len(row.slots) for row in fed],
+            kept=[range(row.num_content, len(row.slots)) for row in fed],
+            horizon=visibility[0],
+            first_mask=visibility[1],
         )
 
     def statistics(self) -> dict[str, list[int]]:
@@ -156,31 +135,21 @@ class LosslessUnmasking(DecodingStrategy):
             "drafts_accepted": self.num_accepted,
         }
 
-    def _visibility(self, num_content: list[int], num_fed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """`horizon` and `first_mask` of [`Feed`]: content is causal, judging masks see what is before their draft."""
-        own = torch.arange(num_fed)
-        content = torch.tensor(num_content)[:, None]
-        num_drafts = torch.tensor([len(drafts) for drafts in self.drafts])[:, None]
-        drafting = content + num_drafts  # where the masks begin that draft on
-        horizon = torch.where(own < content, own + 1, torch.where(own < drafting, own - num_drafts, content))
-        return horizon, torch.where(own < drafting, own, drafting)
-
-    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
-        num_drafts = [len(drafts) for drafts in self.drafts]
-        kept = [drafts + width for drafts, width in zip(num_drafts, self.widths, strict=True)]
-        first_index = list(accumulate(kept, initial=0))  # of the logits of each row
-        decisions, accepted, is_refused = self._judge(logits, first_index, step)
-        for row in range(self.canvas.batch):
-            if kept[row] > 0:
-                self.cached[row] = self.decided[row] + accepted[row] if self.use_cache else 0
-                self.decided[row] += accepted[row] + is_refused[row]
-                self.draft_lengths[row].update(num_drafts[row], accepted[row])
-                self.num_accepted[row] += accepted[row]
+    def decide(self, outputs: Outputs, step: int) -> Decisions:
+        decisions, accepted, is_refused = self._judge(outputs.logits, step)
+        judged = sum(count + refused for count, refused in zip(accepted, is_refused, strict=True))
+        # The group of masks behind the last decided token: the number of its first one, and how many there are.
+        first_masks, widths = [0] * self.canvas.batch, [0] * self.canvas.batch
+        for row, count in enumerate(accepted):
+            if self.widths[row]:
+                first_masks[row], widths[row] = self.first_masks[row][count], self.widths[row][count]
+                self.cached[row] = self.decided[row] + count if self.use_cache else 0
+                self.decided[row] += count
+                self.num_accepted[row] += count
             self.drafts[row] = []
-            if is_refused[row]:
-                self.widths[row] = 0  # the masks that were to draft on have seen the refused draft
-            first_index[row] += num_drafts[row]
-        decisions += self._draft(logits, first_index, step)
+        drawn, turns = self._draft(outputs, first_masks, widths, is_refused, step)
+        self.pace.note(judged, sum(accepted), max(len(drafts) for drafts in self.drafts), turns)
+        decisions += drawn
         return Decisions(
             rows=[row for decision in decisions for row in decision.rows],
             columns=[column for decision in decisions for column in decision.columns],
@@ -188,9 +157,7 @@ class LosslessUnmasking(DecodingStrategy):
             logits=torch.cat([decision.logits for decision in decisions]),
         )
 
-    def _judge(
-        self, logits: torch.Tensor, first_index: list[int], step: int
-    ) -> tuple[list[Decisions], list[int], list[bool]]:
+    def _judge(self, logits: torch.Tensor, step: int) -> tuple[list[Decisions], list[int], list[bool]]:
         """Decides the drafts up to the first refusal of each row, and the token in place of that one.
 
         Returns:
@@ -219,7 +186,7 @@ class LosslessUnmasking(DecodingStrategy):
                 break
             rows = [row for row, _ in judged]
             columns = self.order[rows, [self.decided[row] + draft for row, draft in judged]].tolist()
-            judged_logits = logits[[first_index[row] + draft for row, draft in judged]]
+            judged_logits = logits[[self.first_masks[row][draft] for row, draft in judged]]
             scores = self.sampler.process(judged_logits, self.canvas, rows, columns)
             p = self.sampler.probabilities(scores)
             q = torch.cat([self.proposals[row][start : start + chunk] for row in dict.fromkeys(rows)])
@@ -253,38 +220,70 @@ class LosslessUnmasking(DecodingStrategy):
             )
         return decisions, accepted, is_refused
 
-    def _draft(self, logits: torch.Tensor, first_index: list[int], step: int) -> list[Decisions]:
-        """Draws the next tokens of each row in parallel; the first one, from its exact conditional, is decided."""
-        drafting = [(row, slot) for row, width in enumerate(self.widths) for slot in range(width)]
+    def _draft(
+        self,
+        outputs: Outputs,
+        first_masks: list[int],
+        widths: list[int],
+        is_refused: list[bool],
+        step: int,
+    ) -> tuple[list[Decisions], int]:
+        """Draws the next tokens of each row; the first one, unless it took the place of a refused one, is decided.
+
+        Returns:
+            What was decided, and the turns that it took.
+        """
+        # With the place of a refused one nothing is left to be drawn, if there is no mask behind.
+        widths = [0 if refused and width == 1 else width for width, refused in zip(widths, is_refused, strict=True)]
+        drafting = [(row, slot) for row, width in enumerate(widths) for slot in range(width)]
+        for row, refused in enumerate(is_refused):
+            self.decided[row] += refused
         if not drafting:
-            return []
+            return [], 0
         rows = [row for row, _ in drafting]
-        columns = self.order[rows, [self.decided[row] + slot for row, slot in drafting]].tolist()
-        draft_logits = logits[[first_index[row] + slot for row, slot in drafting]]
-        scores = self.sampler.process(draft_logits, self.canvas, rows, columns)
-        q = self.sampler.probabilities(scores)
-        drawn = draw_by_weight(q, self.sampler.uniform(self.widths, logits.device))
-        tokens, can_be_drawn = torch.stack([drawn, is_drawable(scores).long()]).tolist()
+        # The first slot of a row that has had a refusal is decided.
+        places = [self.decided[row] - is_refused[row] + slot for row, slot in drafting]
+        columns = self.order[rows, places]
+        index = [first_masks[row] + slot for row, slot in drafting]
+        states = None if outputs.states is None else outputs.states[index]
+        positions = self.canvas.text_positions[rows, columns]
+        turns = DrawingTurns(self.head, Outputs(outputs.logits[index], states), positions, widths)
+        device = turns.logits.device
+        uniform = self.sampler.uniform(widths, device)
+        firsts = list(accumulate(widths, initial=0))[:-1]
+        known = [firsts[row] for row in range(self.canvas.batch) if is_refused[row] and widths[row] > 0]
+        known_tokens = self.canvas.tokens.to(device)[[rows[slot] for slot in known], columns[known].to(device)]
+        where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]), [], []
+        for turn, slots in enumerate(turns):
+            scores = self.sampler.process(turns.logits[slots], self.canvas, *where[:, slots].tolist())
+            q = self.sampler.probabilities(scores)
+            turns.tokens[slots] = draw_by_weight(q, uniform[slots])
+            if turn == 0:
+                turns.tokens[known] = known_tokens
+            parts_of_scores.append(scores)
+            parts_of_q.append(q)
+        scores, q = turns.assemble(parts_of_scores), turns.assemble(parts_of_q)
+        tokens, can_be_drawn = torch.stack([turns.tokens, is_drawable(scores).long()]).tolist()
         require_drawable(can_be_drawn)
-        first = 0
-        firsts = []
-        for row, width in enumerate(self.widths):
+        exact = []
+        for row, (first, width) in enumerate(zip(firsts, widths, strict=True)):
             if width > 0:
-                firsts.append(first)
                 self.drafts[row] = tokens[first + 1 : first + width]
                 self.proposals[row] = q[first + 1 : first + width]
-                self.decided[row] += 1
-            first += width
-        return [
-            self._reveal(
-                [rows[slot] for slot in firsts],
-                [columns[slot] for slot in firsts],
-                drawn[firsts],
-                scores[firsts],
-                draft_logits[firsts],
-                step,
-            )
-        ]
+                if not is_refused[row]:
+                    exact.append(first)
+                    self.decided[row] += 1
+        if not exact:
+            return [], turns.num_turns
+        decided = self._reveal(
+            [rows[slot] for slot in exact],
+            columns[exact].tolist(),
+            turns.tokens[exact],
+            scores[exact],
+            turns.logits[exact],
+            step,
+        )
+        return [decided], turns.num_turns
 
     def _reveal(
         self,
@@ -298,3 +297,13 @@ class LosslessUnmasking(DecodingStrategy):
         log_probs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         self.canvas.reveal(rows, columns, tokens.tolist(), log_probs.tolist(), step)
         return Decisions(rows, columns, scores, logits)
+
+
+@dataclass
+class _Fed:
+    """What a row feeds: its slots, content in front, and of each one `horizon` and `first_mask` of [`Feed`]."""
+
+    slots: list[int]
+    horizon: list[int]
+    first_mask: list[int]
+    num_content: int

@@ -135,12 +135,6 @@ class TokenSampler:
             return scores.softmax(dim=-1)
         return F.one_hot(scores.argmax(dim=-1), scores.shape[-1]).to(scores.dtype)
 
-    def draw(self, scores: torch.Tensor, counts: list[int]) -> torch.Tensor:
-        """Tokens (slots,), `counts[r]` for row r, from scores (slots, vocab): drawn, or the most probable ones."""
-        if self.is_greedy:
-            return scores.argmax(dim=-1)
-        return draw_tokens(scores, self.uniform(counts, scores.device))
-
     def log_probs(self, scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """(slots,), the log-probability, in nats, with which each of `tokens` (slots,) is taken; -inf: never."""
         if self.is_greedy:

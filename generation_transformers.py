@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Never
 
 import torch
@@ -18,7 +19,7 @@ from transformers.generation import GenerationMode
 from .generation_cache import PreallocatedCache
 from .generation_configuration import EsoGenerationConfig, as_eso_generation_config
 from .generation_decoding import KEYS_AT_A_TIME
-from .generation_lossless import DRAFT_LENGTHS
+from .generation_pace import MAX_MASKS, fixed_rhythm
 from .modeling_interface import EsoLM
 from .validation import is_integer
 
@@ -104,7 +105,7 @@ class FittedGenerationMixin(GenerationMixin, EsoLM):
                 f"{generation_config.cache_implementation!r}."
             )
         if generation_config.use_cache and generation_config.cache_implementation != "dynamic":
-            max_length = generation_config.max_length + _num_judging_masks(generation_config)
+            max_length = generation_config.max_length + _num_further_masks(generation_config)
             is_static = generation_config.cache_implementation == "static"
             if is_static:
                 # The keys of a step are a whole number of these, also of the last: their shapes are those of any text.
@@ -148,13 +149,16 @@ def require_sampling(generation_mode: GenerationMode) -> None:
         )
 
 
-def _num_judging_masks(generation_config: EsoGenerationConfig) -> int:
-    """The masks that judge the drafts of lossless decoding, which stand behind those of the last slots."""
+def _num_further_masks(generation_config: EsoGenerationConfig) -> int:
+    """The masks of a forward of lossless decoding that stand behind those of the last slots."""
     if not generation_config.lossless:
         return 0
     draft_length = generation_config.draft_length
-    longest = draft_length if is_integer(draft_length) else max(DRAFT_LENGTHS)
-    return max(min(longest, generation_config.max_length) - 1, 0)
+    if not is_integer(draft_length):
+        return MAX_MASKS
+    rhythm = fixed_rhythm(draft_length)
+    # No draft is longer than the text.
+    return replace(rhythm, length=min(rhythm.length, max(generation_config.max_length, 1))).most_masks
 
 
 def require_no_prompt_learning(model: FittedGenerationMixin) -> None:

@@ -1,14 +1,20 @@
 """The paper's decoding: every forward reveals several tokens of a row, drawn in parallel from their own slots."""
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 import torch
 
 from .generation_canvas import Canvas
 from .generation_configuration import DEFAULT_NUM_CANDIDATES, EsoGenerationConfig
-from .generation_decoding import Decisions, DecodingStrategy, Feed
+from .generation_decoding import Decisions, DecodingStrategy, Feed, Outputs
+from .generation_drafting import DrawingTurns
 from .generation_plan import GenerationPlan
-from .generation_sampling import TokenSampler, is_drawable, require_drawable, select_tokens
+from .generation_sampling import TokenSampler, draw_tokens, is_drawable, require_drawable, select_tokens
+from .modeling_drafting import EsoDraftHead
+
+Drawer = Callable[[torch.Tensor, "slice | list[int]"], torch.Tensor]
+"""From scores (slots, vocab) of the given ones of the slots that were fed to tokens (slots,)."""
 
 
 class UnmaskingSchedule:
@@ -83,6 +89,7 @@ class ParallelUnmasking(DecodingStrategy):
         sampler: How tokens are chosen.
         use_cache: Whether what is decided is cached.
         settings: Those of adaptive unmasking.
+        head: The draft head, which lets tokens of a forward know their neighbours; None: they do not.
     """
 
     def __init__(
@@ -92,8 +99,10 @@ class ParallelUnmasking(DecodingStrategy):
         sampler: TokenSampler,
         use_cache: bool,
         settings: EsoGenerationConfig,
+        head: EsoDraftHead | None,
     ):
         self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
+        self.head = head
         self.settings = settings
         self.schedule = UnmaskingSchedule(
             canvas,
@@ -122,16 +131,27 @@ class ParallelUnmasking(DecodingStrategy):
             kept=[range(fed - width, fed) for fed, width in zip(num_fed, self.widths, strict=True)],
         )
 
-    def choose(self, scores: torch.Tensor, rows: list[int], columns: list[int]) -> torch.Tensor:
-        """Tokens (slots,) from the scores (slots, vocab) of the masks that were fed, at (rows, columns)."""
-        return self.sampler.draw(scores, self.widths)
+    def drawer(self, rows: list[int], columns: list[int], device: torch.device) -> Drawer:
+        """How tokens come from the scores of the masks that were fed, at (rows, columns), or of some of them."""
+        if self.sampler.is_greedy:
+            return lambda scores, slots: scores.argmax(dim=-1)
+        uniform = self.sampler.uniform(self.widths, device)
+        return lambda scores, slots: draw_tokens(scores, uniform[slots])
 
-    def decide(self, logits: torch.Tensor, step: int) -> Decisions:
-        widths = self.widths
+    def decide(self, outputs: Outputs, step: int) -> Decisions:
+        widths, device = self.widths, outputs.logits.device
         rows, columns = self.schedule.columns(widths)
-        scores = self.sampler.process(logits, self.canvas, rows, columns)
-        drawn = self.choose(scores, rows, columns)
-        is_kept = select_tokens(logits, widths, self.settings.confidence_threshold, self.settings.entropy_bound)
+        # By what each mask says by itself: tokens that go back to the pool are nobody's neighbours.
+        criteria = (self.settings.confidence_threshold, self.settings.entropy_bound)
+        is_kept = select_tokens(outputs.logits, widths, *criteria)
+        positions = self.canvas.text_positions[rows, columns]
+        turns = DrawingTurns(self.head, outputs, positions, widths, is_kept.cpu() if self.head is not None else None)
+        draw, parts = self.drawer(rows, columns, device), []
+        places = torch.tensor([rows, columns])
+        for slots in turns:
+            parts.append(self.sampler.process(turns.logits[slots], self.canvas, *places[:, slots].tolist()))
+            turns.tokens[slots] = draw(parts[-1], slots)
+        drawn, logits, scores = turns.tokens, turns.logits, turns.assemble(parts)
         log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
         # All that the host needs to know of this forward, in one transfer.
         tokens, values, can_be_drawn, keeps = torch.stack(

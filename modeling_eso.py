@@ -6,7 +6,6 @@ token of text position σ(s), carries that position's rotary angle, attends to s
 """
 
 import math
-from collections.abc import Callable
 from inspect import signature
 from typing import Any
 
@@ -17,9 +16,9 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import BlockMask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
@@ -29,10 +28,17 @@ from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin
 from .generation import EsoGenerationMixin
 from .generation_configuration import EsoGenerationConfig
-from .generation_order import clean_first_order, clean_masked_padding, text_positions
+from .generation_order import clean_first_order
 from .hub import TAGS, EsoHubMixin
 from .modeling_adaptation import EsoAdaptationMixin
-from .modeling_attention import eager_attention_forward, implementation_for, is_padding_mask, make_clean_first_mask
+from .modeling_attention import (
+    EsoRotaryEmbedding,
+    eager_attention_forward,
+    implementation_for,
+    is_padding_mask,
+    make_clean_first_mask,
+    read_text_order,
+)
 from .modeling_backbone import (
     learned_positions,
     make_backbone,
@@ -40,6 +46,7 @@ from .modeling_backbone import (
     require_known_arguments,
     run_backbone,
 )
+from .modeling_drafting import EsoDraftHead, EsoLMOutput, draft_loss
 from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin
 from .modeling_interface import BackboneOutput
 from .modeling_modulation import EsoLayerNorm, EsoModulation, EsoTimestepEmbedding
@@ -51,20 +58,6 @@ from .validation import (
     require_shape,
     require_slots,
 )
-
-
-class EsoRotaryEmbedding(LlamaRotaryEmbedding):
-    """Rotary angles of text positions, whose frequencies stay in float32 when the model is cast.
-
-    In bfloat16 a frequency is off by up to 0.4 %, which at position 10000 is the wrong angle altogether.
-    """
-
-    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
-        exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
-        super()._apply(fn, recurse)
-        for name, buffer in exact.items():
-            setattr(self, name, buffer.to(getattr(self, name).device))
-        return self
 
 
 class EsoAttention(nn.Module):
@@ -308,7 +301,9 @@ class EsoForMaskedDiffusion(
             config.backbone_config = self.model.config
             self._tied_weights_keys = {"lm_head.weight": f"model.{name_of_embedding(self.model)}"}
         # The states that a decoder gives are as wide as the embeddings that it takes, if not as those in between.
-        self.lm_head = nn.Linear(self.get_input_embeddings().embedding_dim, config.vocab_size)
+        state_size = self.get_input_embeddings().embedding_dim
+        self.lm_head = nn.Linear(state_size, config.vocab_size)
+        self.draft_head = None if config.draft_rank is None else EsoDraftHead(config, state_size)
         self.post_init()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -327,6 +322,8 @@ class EsoForMaskedDiffusion(
             init.zeros_(module.bias)
             if not self.config.tie_word_embeddings:
                 init.zeros_(module.weight)
+        elif self.draft_head is not None and module is self.draft_head.vocab_proj:
+            init.zeros_(module.weight)  # nor does a fresh draft head change anything
 
     @can_return_tuple
     def forward(  # type: ignore[misc]  # transformers' kwargs name `position_ids` too
@@ -339,10 +336,11 @@ class EsoForMaskedDiffusion(
         labels: torch.Tensor | None = None,
         loss_weights: torch.Tensor | None = None,
         sequential_rows: torch.Tensor | None = None,
+        draft_starts: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> EsoLMOutput:
         """Predicts the token of every slot, or, with labels, the loss of a training batch.
 
         The layout is *generation order* when `position_ids` is given. Without it, and without a cache, it is *text
@@ -363,15 +361,18 @@ class EsoForMaskedDiffusion(
             sequential_rows: (batch,) bool, the rows that use the sequential phase's two streams: content in
                 generation order (from `labels`, or `input_ids` where the label is -100), and one mask for each
                 weighted slot s that sees the content slots < s and itself. None: no row.
+            draft_starts: (batch, slots), the first slot of the draft of each slot, by which a draft head is trained:
+                the divergence of what it draws from what the model says (see `draft_loss`) joins the loss; or is all
+                of it, without `loss_weights`. It needs `position_ids`.
             use_cache: Whether to make a `DynamicCache` when none is given (slots then stay as given).
             logits_to_keep: Logits of the last so many slots, 0 for all; or a tensor of slots, (slots kept,) for all
                 rows or (batch, slots kept).
 
         Returns:
             `logits` (batch, slots kept, vocab), -inf at the mask id, `past_key_values`, and what was asked for of
-            `hidden_states` and `attentions`. With labels, `loss` alone, in nats, the sum of weight x cross entropy
-            over `num_items_in_batch` if given, else over the number of labels that count; logits are then computed at
-            the weighted slots only and not returned.
+            `hidden_states` and `attentions`; with a draft head, `draft_states` (batch, slots kept, hidden). With
+            labels, `loss` alone, in nats, the sum of weight x cross entropy over `num_items_in_batch` if given, else
+            over the number of labels that count; logits are then computed at the weighted slots only and not returned.
 
         Raises:
             ValueError: for contradictory arguments.
@@ -386,7 +387,11 @@ class EsoForMaskedDiffusion(
                     f"{tuple(position_ids.shape)}."
                 )
             position_ids = position_ids.expand(batch, slots)
-        require_loss_arguments(labels, loss_weights, sequential_rows, batch, slots, inputs_embeds is not None)
+        require_loss_arguments(
+            labels, loss_weights, sequential_rows, draft_starts, batch, slots, inputs_embeds is not None
+        )
+        if draft_starts is not None and (input_ids is None or position_ids is None):
+            raise ValueError("`draft_starts` need `input_ids` and `position_ids`, in generation order.")
         if is_padding_mask(attention_mask):
             if past_key_values is None:
                 require_shape("attention_mask", attention_mask, (batch, slots))
@@ -399,7 +404,7 @@ class EsoForMaskedDiffusion(
 
         in_text_order = position_ids is None and past_key_values is None and not use_cache
         if in_text_order and (attention_mask is None or is_padding_mask(attention_mask)):
-            group, position_ids = self._read_text_order(input_ids, inputs_embeds, attention_mask)
+            group, position_ids = read_text_order(input_ids, inputs_embeds, attention_mask, self.config.mask_token_id)
             if labels is None:
                 attention_mask = make_clean_first_mask(self.model.config, group, self.model.dtype)
             else:
@@ -411,9 +416,13 @@ class EsoForMaskedDiffusion(
                 attention_mask = None  # padding is last: no slot that counts can see it
 
         if labels is not None:
-            batch_of_loss = (input_ids, inputs_embeds, position_ids, attention_mask, labels)
-            loss = hybrid_loss(self, *batch_of_loss, loss_weights, sequential_rows, **kwargs)
-            return CausalLMOutputWithPast(loss=loss)
+            losses = []
+            if draft_starts is None or loss_weights is not None:
+                batch_of_loss = (input_ids, inputs_embeds, position_ids, attention_mask, labels)
+                losses.append(hybrid_loss(self, *batch_of_loss, loss_weights, sequential_rows, **kwargs))
+            if draft_starts is not None:
+                losses.append(draft_loss(self, input_ids, position_ids, labels, draft_starts, **kwargs))
+            return EsoLMOutput(loss=sum(losses))
         outputs = self.run_backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -430,11 +439,12 @@ class EsoForMaskedDiffusion(
             states = _take_slots(states, logits_to_keep)
         else:
             states = states[:, logits_to_keep]
-        return CausalLMOutputWithPast(
+        return EsoLMOutput(
             logits=self.compute_logits(states),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            draft_states=None if self.draft_head is None else states,
         )
 
     def run_backbone(self, **arguments: Any) -> BackboneOutput:
@@ -452,16 +462,6 @@ class EsoForMaskedDiffusion(
             return logits.masked_fill(vocabulary == self.config.mask_token_id, -torch.inf)
         logits[..., self.config.mask_token_id] = -torch.inf
         return logits
-
-    def _read_text_order(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of slots in text order, whether each is clean (0), masked (1) or padding (2), and its text position."""
-        given = require_exactly_one(input_ids, inputs_embeds)
-        no_mask = given.new_zeros(given.shape[:2], dtype=torch.bool)
-        is_masked = no_mask if input_ids is None else input_ids == self.config.mask_token_id
-        is_real = torch.ones_like(is_masked) if attention_mask is None else attention_mask.bool()
-        return clean_masked_padding(is_masked, is_real), text_positions(is_real)
 
     @property
     def max_text_length(self) -> int | None:
@@ -481,6 +481,8 @@ class EsoForMaskedDiffusion(
             )
         embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
         self.model.config.vocab_size = self.config.vocab_size
+        if self.draft_head is not None:
+            self.draft_head.resize(self.config.vocab_size)
         return embeddings
 
 

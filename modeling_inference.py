@@ -71,6 +71,18 @@ def fast_products_of_few_rows(model: nn.Module) -> Iterator[None]:
             layer.__class__ = nn.Linear
 
 
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode for as long as the context lasts, and then each module as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class EsoInferenceMixin(EsoLM):
     """Lets an Eso-LM be made ready to decode, for as long as a context lasts."""
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
         model: PreTrainedModel
         lm_head: nn.Linear
+        draft_head: Any  # an `EsoDraftHead`, or None
         # As transformers' generation wants them declared.
         device: torch.device
         dtype: torch.dtype

@@ -24,6 +24,7 @@ def require_loss_arguments(
     labels: torch.Tensor | None,
     loss_weights: torch.Tensor | None,
     sequential_rows: torch.Tensor | None,
+    draft_starts: torch.Tensor | None,
     batch: int,
     slots: int,
     has_embeddings: bool,
@@ -31,14 +32,14 @@ def require_loss_arguments(
     """Raises a ValueError unless the arguments of a training loss go together and have the shape of the input.
 
     Args:
-        labels, loss_weights, sequential_rows: As for `EsoForMaskedDiffusion.forward`.
+        labels, loss_weights, sequential_rows, draft_starts: As for `EsoForMaskedDiffusion.forward`.
         batch, slots: The shape of the input.
         has_embeddings: Whether that is `inputs_embeds`.
     """
-    if labels is None and (loss_weights is not None or sequential_rows is not None):
+    if labels is None and any(given is not None for given in (loss_weights, sequential_rows, draft_starts)):
         raise ValueError(
-            "`loss_weights` and `sequential_rows` describe a loss and need `labels` (which Trainer takes away when "
-            "`label_smoothing_factor` is not 0)."
+            "`loss_weights`, `sequential_rows` and `draft_starts` describe a loss and need `labels` (which Trainer "
+            "takes away when `label_smoothing_factor` is not 0)."
         )
     if has_embeddings and loss_weights is not None and loss_weights.shape[1] < slots:
         raise ValueError(
@@ -48,6 +49,7 @@ def require_loss_arguments(
     require_shape("labels", labels, (batch, slots))
     require_shape("loss_weights", loss_weights, (batch, slots))
     require_shape("sequential_rows", sequential_rows, (batch,))
+    require_shape("draft_starts", draft_starts, (batch, slots))
 
 
 # Which slots count is data: to torch.compile this is a frame to leave alone, around a backbone to compile.

@@ -4,14 +4,14 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from .configuration_eso import DERIVED, EsoConfig
-from .generation_order import order_of_slots, text_positions
+from .generation_order import order_of_slots, plan_generation, text_positions
 from .modeling_objective import IGNORED_LABEL
 from .noise_schedule import keep_probability, nelbo_weight, sample_times
 from .validation import is_integer, require_fraction, require_positive_integer, require_zeros_and_ones
@@ -40,12 +40,15 @@ class DataCollatorForHybridMaskedDiffusion:
         seed: `None`: new noise for every batch, different between workers, ranks and epochs, drawn from torch's global
             random state. A number: the noise is a function of the seed and the batch alone, for evaluation.
         pad_to_multiple_of: Rounds the padded length up.
+        draft_length: Tokens of a draft, for a model with a draft head, which is then trained beside the rest; `None`:
+            it is not. To train it alone: [`DataCollatorForDraftHead`].
         config: The model's `config`, from which `alpha_0` and the ids come that are given neither by themselves nor by
             the tokenizer; a tokenizer with another mask is refused.
 
     Each example has "input_ids", and may have "attention_mask" (0 at padding, on either side) and "labels" (-100 at
     the prompt, which stays clean and comes first; elsewhere equal to `input_ids`). A batch has, in generation order:
-    `input_ids`, `position_ids`, `labels` (batch, slots), `loss_weights` (batch, slots), `sequential_rows` (batch,).
+    `input_ids`, `position_ids`, `labels` (batch, slots), `loss_weights` (batch, slots), `sequential_rows` (batch,);
+    and, with a `draft_length`, `draft_starts` (batch, slots).
 
     Evaluate with `dataclasses.replace(collator, loss_type="elbo", seed=0)`.
 
@@ -61,6 +64,7 @@ class DataCollatorForHybridMaskedDiffusion:
     loss_type: str = "elbo"
     seed: int | None = None
     pad_to_multiple_of: int | None = None
+    draft_length: int | None = None
     config: EsoConfig | None = None
 
     def __post_init__(self) -> None:
@@ -102,6 +106,7 @@ class DataCollatorForHybridMaskedDiffusion:
         if self.loss_type == "low_var" and self.alpha_0 != 1:
             raise ValueError(f"`loss_type='low_var'` is defined at alpha_0=1 only, got alpha_0={self.alpha_0}.")
         require_positive_integer("pad_to_multiple_of", self.pad_to_multiple_of, or_none=True)
+        require_positive_integer("draft_length", self.draft_length, or_none=True)
         if self.seed is not None and not (is_integer(self.seed) and self.seed >= 0):
             raise ValueError(f"`seed` must be None or an integer >= 0, got {self.seed!r}.")
 
@@ -122,13 +127,16 @@ class DataCollatorForHybridMaskedDiffusion:
         is_masked = counts & (noise >= keep[:, None])
         positions = text_positions(is_real)
         order = self._order(is_real, counts, is_masked, positions, sequential_rows, generator)
-        return {
+        batch = {
             "input_ids": input_ids.masked_fill(is_masked, self.mask_token_id).gather(1, order),
             "position_ids": positions.gather(1, order),
             "labels": labels.gather(1, order),
             "loss_weights": (is_masked * row_weights[:, None]).float().gather(1, order),
             "sequential_rows": sequential_rows,
         }
+        if self.draft_length is not None:
+            batch["draft_starts"] = self._draw_drafts(batch["labels"], self.draft_length, generator)
+        return batch
 
     def stack(self, examples: Sequence[Mapping[str, Any]]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pads the examples to `input_ids`, `is_real` and `labels`, (batch, length) each, in text order."""
@@ -228,6 +236,14 @@ class DataCollatorForHybridMaskedDiffusion:
         noise = torch.rand(positions.shape, dtype=torch.float64, generator=generator)
         return order_of_slots(group, torch.where(is_left_to_right, positions.double(), noise))
 
+    def _draw_drafts(self, labels: torch.Tensor, draft_length: int, generator: torch.Generator) -> torch.Tensor:
+        """(batch, slots), the first slot of the draft of each slot that counts; the first draft may be a short one."""
+        slots = torch.arange(labels.shape[1])
+        missing = torch.randint(draft_length, (len(labels), 1), generator=generator)
+        first = (labels != IGNORED_LABEL).long().argmax(dim=-1, keepdim=True)  # behind the prompt
+        behind = slots - first + missing
+        return (behind // draft_length * draft_length - missing + first).maximum(first)
+
     def _generator(self, input_ids: torch.Tensor) -> torch.Generator:
         if self.seed is None:
             # torch seeds its global state differently in every dataloader worker and epoch, but alike on every rank.
@@ -238,4 +254,49 @@ class DataCollatorForHybridMaskedDiffusion:
         return torch.Generator().manual_seed(int.from_bytes(digest, "little") % 2**63)
 
 
-__all__ = ["DataCollatorForHybridMaskedDiffusion"]
+@dataclass
+class DataCollatorForDraftHead(DataCollatorForHybridMaskedDiffusion):
+    """Draws orders and drafts for the draft head of a model that is trained already; the loss is the head's alone.
+
+    Half the rows are written from left to right, as all text is at α_0 = 0. In the others, any number of tokens comes
+    first, in a random or strided order, and the rest from left to right, as at any α_0. The tokens behind the prompt
+    are cut into drafts, of which the head learns to draw each token, given those in it that stand nearest.
+
+    Args:
+        As for [`DataCollatorForHybridMaskedDiffusion`], whose mixture and weights have no meaning here; `draft_length`
+        defaults to 8. A batch has `input_ids` (clean), `position_ids`, `labels` and `draft_starts`, (batch, slots),
+        in generation order.
+    """
+
+    alpha_0: float = 0.0
+    draft_length: int | None = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive_integer("draft_length", self.draft_length)
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, is_real, labels = self.stack(examples)
+        generator = self._generator(input_ids)
+        is_drawn, positions = labels != IGNORED_LABEL, text_positions(is_real)
+        # Given, generated, padding.
+        group = torch.where(is_drawn, 1, torch.where(is_real, 0, 2))
+        rank = positions.double()
+        for row, count in enumerate(is_drawn.sum(dim=-1).tolist()):
+            alpha_0, which = torch.rand(2, generator=generator).tolist()
+            if which < 0.5:
+                continue
+            kind = "random" if which < 0.75 else "strided"
+            order, _ = plan_generation(1, count, alpha_0, unmasking_order=kind, generator=generator)
+            rank[row, is_drawn[row]] = order[0].argsort().double()
+        order = order_of_slots(group, rank)
+        labels = labels.gather(1, order)
+        return {
+            "input_ids": input_ids.gather(1, order),
+            "position_ids": positions.gather(1, order),
+            "labels": labels,
+            "draft_starts": self._draw_drafts(labels, cast(int, self.draft_length), generator),
+        }
+
+
+__all__ = ["DataCollatorForDraftHead", "DataCollatorForHybridMaskedDiffusion"]

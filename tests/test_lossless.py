@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tiny_models import random_batch, randomized_model
 from transformers import LogitsProcessor
 
-from eso_lm import generation_lossless
-from eso_lm.generation_lossless import DRAFT_LENGTHS, DraftLength, tokens_for_time
+from eso_lm import generation_lossless, generation_pace
 from eso_lm.generation_order import plan_generation
+from eso_lm.generation_pace import RHYTHMS, DecodingCosts, Pace, Rhythm, measure_costs
 
 VOCAB, LENGTH, SAMPLES = 3, 4, 2500
 
@@ -51,10 +51,10 @@ def draw(model, draft_length, seed: int = 0, **settings) -> torch.Tensor:
     return model.generate(lossless=True, draft_length=draft_length, **settings)
 
 
-@pytest.fixture(scope="module")
-def language():
+@pytest.fixture(scope="module", params=[None, 4], ids=["no_head", "draft_head"])
+def language(request):
     """A model of 3 tokens and a mask, in which tokens drawn together differ from tokens drawn one by one."""
-    return randomized_model(vocab_size=VOCAB + 1, scale=0.15, seed=0)
+    return randomized_model(vocab_size=VOCAB + 1, scale=0.15, seed=0, draft_rank=request.param)
 
 
 @pytest.mark.slow
@@ -172,13 +172,14 @@ def ragged_prompts(model) -> tuple[torch.Tensor, torch.Tensor]:
     return prompts, attention_mask
 
 
-@pytest.mark.parametrize("draft_length", [3, "auto"])
+@pytest.mark.parametrize("draft_length", [3, 8])
+@pytest.mark.parametrize("draft_rank", [None, 8])
 @pytest.mark.parametrize(
     "schedule", [{"alpha_0": 0.5}, {"alpha_0": 1.0, "unmasking_order": "strided"}, {"alpha_0": 1.0, "block_length": 5}]
 )
-def test_every_row_is_decoded_as_if_alone(attention, schedule, draft_length):
+def test_every_row_is_decoded_as_if_alone(attention, schedule, draft_length, draft_rank):
     """Padding, holes, other rows and the kind of cache change nothing: the same draws give the same tokens."""
-    model = randomized_model(attention)
+    model = randomized_model(attention, draft_rank=draft_rank)
     prompts, attention_mask = ragged_prompts(model)
 
     def generate(rows: list[int], **settings):
@@ -236,7 +237,7 @@ def test_log_probs_add_up_to_the_exact_likelihood(draft_length):
     torch.testing.assert_close(output.log_probs, exact.token_log_probs[:, 0], atol=1e-4, rtol=0)
 
 
-def test_a_forward_takes_at_most_three_slots_for_each_token_of_a_draft():
+def test_a_forward_takes_a_group_of_masks_for_each_end_of_the_draft():
     model, widths, starts = randomized_model(), [], []
 
     def note(module, args, kwargs):
@@ -246,7 +247,7 @@ def test_a_forward_takes_at_most_three_slots_for_each_token_of_a_draft():
     hook = model.register_forward_pre_hook(note, with_kwargs=True)
     output = model.generate(max_new_tokens=32, lossless=True, draft_length=4, return_dict_in_generate=True)
     hook.remove()
-    assert max(widths) <= 12
+    assert max(widths) == 4 + 4 * 4  # the token decided last and three drafts; and where each of these may end
     assert len(widths) == output.num_function_evaluations < 32
     assert starts == sorted(starts)
 
@@ -326,33 +327,84 @@ def test_ends_of_text_streamers_and_criteria(language):
 
 
 @settings(max_examples=30, deadline=None)
-@given(rate=st.floats(0, 1), length=st.sampled_from(DRAFT_LENGTHS[1:]))
-def test_expected_tokens_of_a_draft(rate, length):
-    """Against a sum over the number of accepted drafts; at no cost of a slot and every draft accepted, k a forward."""
-    tokens, forwards = 0.0, 0.0
-    for accepted in range(length):
-        probability = rate**accepted * (1 - rate) if accepted < length - 1 else rate**accepted
-        is_refused = accepted < length - 1
-        # The accepted ones, the one in place of a refused one, and the first of the next draft.
-        tokens += probability * (accepted + is_refused + 1)
-        width = 3 * length - 1
-        forwards += probability * (1 + generation_lossless.COST_OF_A_SLOT * width)
-        forwards += probability * is_refused * (1 + generation_lossless.COST_OF_A_SLOT * (length + 1))
-    assert tokens_for_time(rate, length) == pytest.approx(tokens / forwards)
+@given(rate=st.floats(0, 1), rhythm=st.sampled_from(RHYTHMS))
+def test_what_a_rhythm_brings(rate, rhythm):
+    """Against many rounds, followed one by one through what may become of the drafts of each."""
+    chances = {rhythm.length - 1: 1.0}  # how many drafts are waiting to be judged
+    tokens = slots = drafts = 0.0
+    rounds, skipped = 600, 300
+    for number in range(rounds):
+        after = {}
+        for waiting, chance in chances.items():
+            for accepted in range(waiting + 1):
+                all_kept = accepted == waiting
+                probability = chance * rate**accepted * (1 if all_kept else 1 - rate)
+                next_one = rhythm.length - 1 if all_kept else rhythm.redraft
+                after[next_one] = after.get(next_one, 0) + probability
+                if number >= skipped:
+                    tokens += probability * (accepted + 1)
+                    content, masks = 1 + waiting, waiting * (1 + rhythm.redraft) + rhythm.length
+                    slots += probability * (content + masks)
+                    drafts += probability * waiting
+        chances = after
+    means = rhythm.means(rate)
+    # Nearly certain drafts keep their first rhythm for long.
+    if rate < 0.98 or rhythm.redraft in (0, rhythm.length - 1):
+        assert means == pytest.approx([total / (rounds - skipped) for total in (tokens, slots, drafts)], rel=0.02)
 
 
-def test_draft_lengths_follow_what_is_accepted():
-    always, never, fixed = DraftLength("auto"), DraftLength("auto"), DraftLength(5)
+def costs(of_a_slot: float) -> DecodingCosts:
+    sizes = (2, 8, 32, 128, 512)
+    return DecodingCosts(sizes, tuple(1 + of_a_slot * size for size in sizes), turn=0.01)
+
+
+def test_the_pace_follows_what_is_accepted_and_what_forwards_cost():
+    always, never, fixed = Pace(None, costs(0.02)), Pace(None, costs(0.02)), Pace(5)
     for _ in range(40):
-        always.update(always.value - 1, always.value - 1)
-        never.update(max(never.value - 1, 0), 0)
-        fixed.update(4, 0)
-    assert always.value >= 16
-    assert never.value <= 2
-    assert fixed.value == 5
+        drafts = always.rhythm(rows=1).length - 1
+        always.note(drafts, drafts, drafts, 1)
+        never.note(2, 0, 1, 1)
+        fixed.note(4, 0, 4, 1)
+    assert always.rhythm(rows=1).length >= 16
+    assert never.rhythm(rows=1) == Rhythm(1, 0)
+    assert fixed.rhythm(rows=1) == Rhythm(5, 4)
+    # Half of the drafts: worth it for a row, and not where a forward of many rows takes as long as its slots say.
+    half = Pace(None, costs(0.02))
     for _ in range(40):
-        never.update(max(never.value - 1, 0), max(never.value - 1, 0))
-    assert never.value >= 12
+        half.note(2, 1, 2, 2)
+    assert half.rhythm(rows=1).length > 1
+    assert half.rhythm(rows=64) == Rhythm(1, 0)
+
+
+def test_costs_between_the_measured_ones():
+    measured = DecodingCosts((2, 8, 16), (1.0, 1.6, 4.0), turn=0.1)
+    for slots, seconds in ((2, 1), (5, 1.3), (8, 1.6), (12, 2.8), (32, 8.8)):
+        assert measured.of_forward(slots) == pytest.approx(seconds)
+
+
+def test_costs_are_measured_once(monkeypatch):
+    model, calls = randomized_model(draft_rank=8), []
+
+    def measured(model):
+        calls.append(model)
+        return costs(0.02)
+
+    monkeypatch.setattr(generation_pace, "measure_costs", measured)
+    for _ in range(2):
+        model.generate(max_new_tokens=8, lossless=True)
+        model.generate(max_new_tokens=8, lossless=True, draft_length=3)
+    assert calls == [model]
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_rank": 8}])
+def test_measured_costs_grow_with_the_slots(settings):
+    model = randomized_model(**settings)
+    with model.ready_to_decode():
+        found = measure_costs(model)
+    assert found.slots[0] == 2
+    assert list(found.forwards) == sorted(found.forwards)
+    assert 0 < found.turn < 1
+    assert found.forwards[0] > 0
 
 
 @pytest.mark.parametrize(
@@ -385,7 +437,7 @@ def test_it_can_be_the_default_of_a_saved_model(tmp_path):
 def test_drafts_may_be_longer_than_the_text():
     model = randomized_model()
     outputs = []
-    for draft_length in (10, 10**9):  # which would not fit any memory
+    for draft_length in (30, 10**9):  # which would not fit any memory
         torch.manual_seed(0)
         outputs.append(model.generate(max_new_tokens=10, lossless=True, draft_length=draft_length))
     assert torch.equal(*outputs)
