@@ -42,7 +42,7 @@ class EsoConfig(PreTrainedConfig):
             forward makes a cache only when it is asked to by its own `use_cache`: its slots then stay as given.
         tie_word_embeddings (`bool`, defaults to `False`): Whether the head shares the embedding's weight.
         draft_rank (`int`, *optional*): Rank of the draft head, which lets tokens that are drawn together know one
-            another; 64 will do. `None`: no such head.
+            another; 128 will do. `None`: no such head.
         backbone_config (`PreTrainedConfig` or `dict`, *optional*): Of a causal decoder of transformers that takes the
             place of `EsoModel`: Llama, Qwen, GPT-2, ... The sizes above are then read from it, whatever is given
             here, and the other fields of the architecture have no meaning.

@@ -37,27 +37,33 @@ class DrawingTurns:
         widths: list[int],
         is_drawn: torch.Tensor | None = None,
     ):
-        self.head, self.states, self.logits = head, outputs.states, outputs.logits
+        self.head, self.logits = head, outputs.logits
         self.tokens = torch.zeros(len(positions), dtype=torch.long, device=self.logits.device)
         self.turns: list[list[int]] = []
-        if head is not None:
-            neighbours = _neighbours_in_rows(positions, widths, is_drawn)
-            self.turns = _turns(neighbours)
+        if head is None or outputs.states is None or max(widths) < 2:
+            return
+        neighbours = _neighbours_in_rows(positions, widths, is_drawn)
+        self.turns = _turns(neighbours)
         if len(self.turns) > 1:
             self.logits = self.logits.clone()
-            device = self.logits.device
-            self.neighbours = Neighbours(neighbours.slots.to(device), neighbours.distances.to(device))
+            self.projected = head.state_proj(outputs.states)
+            # In the order of the turns, so that each is a slice.
+            self.order = torch.tensor([slot for turn in self.turns for slot in turn])
+            self.neighbours = neighbours.take(self.order).to(self.logits.device)
+            self.order = self.order.to(self.logits.device)
 
-    def __iter__(self) -> Iterator[slice | list[int]]:
-        if self.head is None or self.states is None or len(self.turns) <= 1:
+    def __iter__(self) -> Iterator[slice | torch.Tensor]:
+        if self.head is None or len(self.turns) <= 1:
             yield ALL
             return
-        yield self.turns[0]
-        for turn in self.turns[1:]:
-            slots = torch.tensor(turn, device=self.logits.device)
-            beside, distances = self.neighbours.slots[slots], self.neighbours.distances[slots]
-            self.logits[slots] += self.head(self.states[slots], self.tokens[beside], distances)
-            yield turn
+        start = 0
+        for number, turn in enumerate(self.turns):
+            part = slice(start, start + len(turn))
+            slots, start = self.order[part], part.stop
+            if number > 0:
+                beside, distances = self.neighbours.slots[part], self.neighbours.distances[part]
+                self.logits[slots] += self.head.correct(self.projected[slots], self.tokens[beside], distances)
+            yield slots
 
     @property
     def num_turns(self) -> int:
@@ -68,8 +74,7 @@ class DrawingTurns:
         """Puts what was computed turn by turn, (slots of a turn, ...) each, in the order of the slots."""
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor([slot for turn in self.turns for slot in turn])
-        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+        return torch.cat(parts)[self.order.argsort()]
 
 
 def _neighbours_in_rows(positions: torch.Tensor, widths: list[int], is_drawn: torch.Tensor | None) -> Neighbours:

@@ -253,7 +253,7 @@ class LosslessUnmasking(DecodingStrategy):
         firsts = list(accumulate(widths, initial=0))[:-1]
         known = [firsts[row] for row in range(self.canvas.batch) if is_refused[row] and widths[row] > 0]
         known_tokens = self.canvas.tokens.to(device)[[rows[slot] for slot in known], columns[known].to(device)]
-        where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]), [], []
+        where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]).to(device), [], []
         for turn, slots in enumerate(turns):
             scores = self.sampler.process(turns.logits[slots], self.canvas, *where[:, slots].tolist())
             q = self.sampler.probabilities(scores)

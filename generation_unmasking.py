@@ -13,7 +13,7 @@ from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_tokens, is_drawable, require_drawable, select_tokens
 from .modeling_drafting import EsoDraftHead
 
-Drawer = Callable[[torch.Tensor, "slice | list[int]"], torch.Tensor]
+Drawer = Callable[[torch.Tensor, slice | torch.Tensor], torch.Tensor]
 """From scores (slots, vocab) of the given ones of the slots that were fed to tokens (slots,)."""
 
 
@@ -147,7 +147,7 @@ class ParallelUnmasking(DecodingStrategy):
         positions = self.canvas.text_positions[rows, columns]
         turns = DrawingTurns(self.head, outputs, positions, widths, is_kept.cpu() if self.head is not None else None)
         draw, parts = self.drawer(rows, columns, device), []
-        places = torch.tensor([rows, columns])
+        places = torch.tensor([rows, columns], device=device)
         for slots in turns:
             parts.append(self.sampler.process(turns.logits[slots], self.canvas, *places[:, slots].tolist()))
             turns.tokens[slots] = draw(parts[-1], slots)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_eso import EsoConfig
@@ -51,6 +52,14 @@ class Neighbours:
         """(..., slots) bool, whether there is any."""
         return (self.distances > 0).any(dim=-1)
 
+    def take(self, slots: torch.Tensor) -> "Neighbours":
+        """Those of some slots, of (slots, 2)."""
+        return Neighbours(self.slots[slots], self.distances[slots])
+
+    def to(self, device: torch.device) -> "Neighbours":
+        """The same on a device."""
+        return Neighbours(self.slots.to(device), self.distances.to(device))
+
 
 def find_neighbours(positions: torch.Tensor, group_starts: torch.Tensor, is_drawn: torch.Tensor) -> Neighbours:
     """The neighbours of each slot among those of its group that come before it.
@@ -62,23 +71,26 @@ def find_neighbours(positions: torch.Tensor, group_starts: torch.Tensor, is_draw
     """
     rows, slots = positions.shape
     device = positions.device
-    own = torch.arange(slots, device=device).expand(rows, slots)
+    own = torch.arange(slots, device=device)[:, None, None]
     # Which slot holds a position of the text; what is not drawn goes to a place that nobody looks at.
     width = (int(positions.max()) if positions.numel() else 0) + 1 + 2 * MAX_DISTANCE
     places = torch.where(is_drawn, positions + MAX_DISTANCE, width)
-    slot_at = torch.full((rows, width + 1), slots, device=device).scatter_(1, places, own)
-    found, distances = own.new_full((rows, slots, 2), -1), own.new_zeros(rows, slots, 2)
-    for distance in range(MAX_DISTANCE, 0, -1):
-        for side, offset in enumerate((-distance, distance)):
-            slot = slot_at.gather(1, positions + MAX_DISTANCE + offset)
-            is_found = is_drawn & (slot < own) & (slot >= group_starts)
-            found[..., side] = torch.where(is_found, slot, found[..., side])
-            distances[..., side] = torch.where(is_found, distance, distances[..., side])
-    return Neighbours(found, distances)
+    slot_at = torch.full((rows, width + 1), slots, device=device)
+    slot_at.scatter_(1, places, own[:, 0, 0].expand(rows, slots))
+    distances = torch.arange(1, MAX_DISTANCE + 1, device=device)
+    offsets = MAX_DISTANCE + torch.stack([-distances, distances])  # (2, distances), left and right
+    slot = slot_at.gather(1, (positions[..., None, None] + offsets).flatten(1)).view(rows, slots, 2, MAX_DISTANCE)
+    is_found = (slot < own) & (slot >= group_starts[..., None, None]) & is_drawn[..., None, None]
+    exists, nearest = is_found.max(dim=-1)
+    slot = slot.gather(-1, nearest[..., None])[..., 0]
+    return Neighbours(slot.masked_fill(~exists, -1), (nearest + 1) * exists)
 
 
 class EsoDraftHead(nn.Module):
-    """A correction of low rank to the logits of a mask, for the tokens drawn beside it by the same forward.
+    """A correction to the logits of a mask, for the tokens drawn beside it by the same forward.
+
+    It is V gelu(S h + U[left] + U'[right] + D), of low rank: h is the state of the mask, D says how far the neighbours
+    are. All that depends on the tokens is looked up, so that a turn of drawing costs one product, rank x vocabulary.
 
     Args:
         config: Whose `draft_rank` is its width.
@@ -89,12 +101,18 @@ class EsoDraftHead(nn.Module):
         super().__init__()
         rank: int = config.draft_rank  # type: ignore[assignment]  # the model makes a head only if there is one
         self.mask_token_id = config.mask_token_id
-        self.token_embedding = nn.Embedding(config.vocab_size, rank)
-        self.distance_embedding = nn.Embedding(MAX_DISTANCE + 1, rank)
-        self.state_proj = nn.Linear(state_size, 2 * rank)
-        self.neighbour_proj = nn.Linear(2 * rank, 2 * rank)
-        self.down_proj = nn.Linear(2 * rank, rank)
+        self.left_embedding = nn.Embedding(config.vocab_size, rank)
+        self.right_embedding = nn.Embedding(config.vocab_size, rank)
+        self.distance_embedding = nn.Embedding((MAX_DISTANCE + 1) ** 2, rank)
+        self.state_proj = nn.Linear(state_size, rank)
         self.vocab_proj = nn.Linear(rank, config.vocab_size, bias=False)
+
+    def init_weights(self, module: nn.Module) -> None:
+        """What tokens say begins large enough to be heard beside the states; and a fresh head changes nothing."""
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.5)
+        elif module is self.vocab_proj:
+            init.zeros_(module.weight)
 
     def forward(self, states: torch.Tensor, tokens: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """What to add to the logits of slots that have neighbours.
@@ -107,20 +125,25 @@ class EsoDraftHead(nn.Module):
         Returns:
             (slots, vocab), in float32.
         """
-        tokens = tokens.masked_fill(distances == 0, self.mask_token_id)
-        neighbours = self.token_embedding(tokens) + self.distance_embedding(distances)  # (slots, 2, rank)
-        inner = F.gelu(self.state_proj(states) + self.neighbour_proj(neighbours.flatten(-2)))
-        return self.vocab_proj(self.down_proj(inner)).float()
+        return self.correct(self.state_proj(states), tokens, distances)
+
+    def correct(self, projected: torch.Tensor, tokens: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """The same, of states that `state_proj` has been applied to."""
+        left, right = tokens.masked_fill(distances == 0, self.mask_token_id).unbind(dim=-1)
+        both = distances[..., 0] * (MAX_DISTANCE + 1) + distances[..., 1]
+        inner = projected + self.left_embedding(left) + self.right_embedding(right) + self.distance_embedding(both)
+        return self.vocab_proj(F.gelu(inner)).float()
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:
         """Cuts the vocabulary off, or lets it grow; new tokens are corrected, and correct, once they are trained."""
-        for module in (self.token_embedding, self.vocab_proj):
+        for module in (self.left_embedding, self.right_embedding, self.vocab_proj):
             rows = module.weight[:vocab_size]
             weight = rows.new_zeros(vocab_size, rows.shape[1])
             weight[: len(rows)] = rows
             module.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
-        self.token_embedding.num_embeddings = self.vocab_proj.out_features = vocab_size
+        self.left_embedding.num_embeddings = self.right_embedding.num_embeddings = vocab_size
+        self.vocab_proj.out_features = vocab_size
 
 
 @torch.compiler.disable(recursive=False)
@@ -180,7 +203,7 @@ def require_draft_head(model: EsoLM) -> EsoDraftHead:
     """
     if model.draft_head is None:
         raise ValueError(
-            "The model has no draft head: load it with `from_pretrained(..., draft_rank=64)`, and train the head "
+            "The model has no draft head: load it with `from_pretrained(..., draft_rank=128)`, and train the head "
             "(examples/train_draft_head.py)."
         )
     return model.draft_head

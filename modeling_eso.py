@@ -322,8 +322,8 @@ class EsoForMaskedDiffusion(
             init.zeros_(module.bias)
             if not self.config.tie_word_embeddings:
                 init.zeros_(module.weight)
-        elif self.draft_head is not None and module is self.draft_head.vocab_proj:
-            init.zeros_(module.weight)  # nor does a fresh draft head change anything
+        elif self.draft_head is not None and module in self.draft_head.children():
+            self.draft_head.init_weights(module)
 
     @can_return_tuple
     def forward(  # type: ignore[misc]  # transformers' kwargs name `position_ids` too

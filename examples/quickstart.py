@@ -91,7 +91,9 @@ def main(args: argparse.Namespace) -> None:
 
     model.save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)
-    write_texts(args.output / "held_out.jsonl", held_out_documents)  # for run_evaluation.py
+    # For run_evaluation.py and train_draft_head.py.
+    write_texts(args.output / "held_out.jsonl", held_out_documents)
+    write_texts(args.output / "train.jsonl", train_documents)
     sample(args.output, args.length, args.num_samples, args.temperature)
 
 

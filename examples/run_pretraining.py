@@ -52,6 +52,9 @@ class Arguments(TextArguments):
     config: str | None = field(default=None, metadata={"help": "folder or file of an EsoConfig, in place of a preset"})
     init_from: str | None = field(default=None, metadata={"help": "Eso-LM to go on from, say at another alpha_0"})
     dropout: float = 0.1
+    draft_rank: int | None = field(
+        default=None, metadata={"help": "width of a draft head that is trained beside the model; unset: none"}
+    )
 
     alpha_0: float | None = field(
         default=None, metadata={"help": "1: masked diffusion, 0: left to right; unset: 1, or that of `init_from`"}
@@ -100,6 +103,7 @@ def main(arguments: Arguments, training: PretrainingArguments) -> None:
         alpha_0=model.config.alpha_0,
         diffusion_fraction=arguments.diffusion_fraction,
         loss_type=arguments.loss_type,
+        draft_length=None if model.draft_head is None else 8,
     )
     trainer = Trainer(model, training, data_collator=collator, train_dataset=rows, processing_class=tokenizer)
     trainer.add_callback(NoiseByEpoch(collator, training.seed))
@@ -157,7 +161,8 @@ def prepare_tokenizer(arguments: Arguments, texts: AnyDataset) -> PreTrainedToke
 def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoForMaskedDiffusion:
     """A new model of the size asked for, or one to go on from, with the tokenizer's vocabulary and special tokens."""
     if arguments.init_from is not None:
-        options = {} if arguments.alpha_0 is None else {"alpha_0": arguments.alpha_0}
+        settings = {"alpha_0": arguments.alpha_0, "draft_rank": arguments.draft_rank}
+        options = {name: value for name, value in settings.items() if value is not None}
         model = EsoForMaskedDiffusion.from_pretrained(arguments.init_from, dtype="float32", **options)
         if model.config.mask_token_id != tokenizer.mask_token_id:
             raise ValueError(
@@ -165,7 +170,10 @@ def make_model(arguments: Arguments, tokenizer: PreTrainedTokenizerBase) -> EsoF
                 f"{tokenizer.mask_token_id}: pass the tokenizer that the model was trained with."
             )
         return model
-    common = vocabulary_of(tokenizer) | {"alpha_0": 1.0 if arguments.alpha_0 is None else arguments.alpha_0}
+    common = vocabulary_of(tokenizer) | {
+        "alpha_0": 1.0 if arguments.alpha_0 is None else arguments.alpha_0,
+        "draft_rank": arguments.draft_rank,
+    }
     if arguments.config is not None:
         config = EsoConfig.from_pretrained(arguments.config, **common)
         config.max_position_embeddings = max(config.max_position_embeddings, arguments.length)
