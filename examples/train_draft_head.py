@@ -50,7 +50,7 @@ class DraftHeadArguments(TrainingArguments):
 
     max_steps: int = 400
     per_device_train_batch_size: int = 16
-    learning_rate: float = 5e-3
+    learning_rate: float = 1e-2
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 20
     weight_decay: float = 0.01
