@@ -156,7 +156,7 @@ def draft_loss(
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """How far the draft head is from the model's own conditionals, KL(p || q) in nats, per label.
+    """How far the draft head is from the model's own conditionals: KL(p || q) of what it corrects, in nats per label.
 
     p is what the model says of a token that it knows all before, q what its draft is drawn from, given the clean
     tokens before the draft, and the head's correction for those in it. (An acceptance is 1 - TV(p, q).) The model

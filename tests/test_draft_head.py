@@ -73,12 +73,8 @@ def test_turns_give_each_slot_what_stands_beside_it():
     # 4 stands beside 3, 2 beside 3; of the other row 0 and 5 both have 4 within reach.
     assert order == [[0, 2, 4], [1, 3, 5, 6]]
     expected = logits.clone()
-    for slot, tokens, distances in (
-        (1, [5, 0], [1, 0]),
-        (3, [0, 5], [0, 1]),
-        (5, [0, 9], [0, 4]),
-        (6, [9, 0], [1, 0]),
-    ):
+    corrected = ((1, [5, 0], [1, 0]), (3, [0, 5], [0, 1]), (5, [0, 9], [0, 4]), (6, [9, 0], [1, 0]))
+    for slot, tokens, distances in corrected:
         expected[slot] += head(states[slot, None], torch.tensor([tokens]), torch.tensor([distances]))[0]
     torch.testing.assert_close(turns.logits, expected)
     torch.testing.assert_close(turns.assemble([logits[slots] for slots in order]), logits)
@@ -110,7 +106,9 @@ def test_loss_is_the_divergence_from_exact_conditionals(draft_length):
     starts = [slot // draft_length * draft_length for slot in range(10)]
     q = log_conditionals(model, text, order, starts)
     p = log_conditionals(model, text, order, list(range(10)))
-    expected = (p.exp() * (p - q).nan_to_num()).sum()
+    divergences = (p.exp() * (p - q).nan_to_num()).sum(dim=-1)
+    has_neighbour = [any(d for _, d in nearest(order, starts, [True] * 10, slot)) for slot in range(10)]
+    expected = divergences[has_neighbour].sum()
 
     ids, positions = text[order][None], torch.tensor([order])
     batch = {"input_ids": ids, "position_ids": positions, "labels": ids, "draft_starts": torch.tensor([starts])}
