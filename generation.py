@@ -20,7 +20,7 @@ from .generation_decoding import Decoder, DecodingStrategy
 from .generation_logits_process import for_slots
 from .generation_lossless import LosslessUnmasking
 from .generation_observers import Observers, ScoreRecorder, StopWatcher, TextFeed
-from .generation_pace import Pace, costs_of
+from .generation_pace import paces_of
 from .generation_plan import GenerationPlan, plan_rows
 from .generation_sampling import Generators, TokenSampler, require_generators
 from .generation_transformers import (
@@ -31,7 +31,7 @@ from .generation_transformers import (
 )
 from .generation_unmasking import ParallelUnmasking
 from .modeling_drafting import EsoDraftHead, require_draft_head
-from .validation import is_integer, require_attention_mask, require_shape, require_token_ids, to_python
+from .validation import require_attention_mask, require_shape, require_token_ids, to_python
 
 
 class EsoGenerationMixin(FittedGenerationMixin):
@@ -230,9 +230,9 @@ class EsoGenerationMixin(FittedGenerationMixin):
         """How tokens are decided: in parallel as planned, or adaptively, or without loss."""
         head = self.draft_head_for(generation_config)
         if generation_config.lossless:
-            draft_length = generation_config.draft_length
-            pace = Pace(draft_length) if is_integer(draft_length) else Pace(None, costs_of(self))
-            return LosslessUnmasking(canvas, plan, sampler, use_cache, pace, head)
+            draft_length = generation_config.draft_length or "auto"
+            paces = paces_of(self, draft_length, canvas.batch, sampler.generator)
+            return LosslessUnmasking(canvas, plan, sampler, use_cache, paces, head)
         return ParallelUnmasking(canvas, plan, sampler, use_cache, generation_config, head)
 
     def draft_head_for(self, generation_config: EsoGenerationConfig | None) -> EsoDraftHead | None:

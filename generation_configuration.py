@@ -70,7 +70,7 @@ class EsoGenerationConfig(GenerationConfig):
             "auto" or `None`: chosen by what drafts have met with and by what forwards cost on the device, which is
             measured at the first call, down to one token a forward where drafts do not pay. The order does not depend
             on it, nor does the distribution; but the text that a seed gives does, so that with "auto" it may differ
-            between machines and batches.
+            between machines. (Rows with generators of their own depend on nothing else: "auto" takes a nominal cost.)
         use_draft_head (`bool`, *optional*): Whether tokens that a forward draws together know their neighbours
             through the draft head. `None`: if the model has one.
         lockstep (`bool`, *optional*, defaults to `False`): Whether the rows of a batch share the numbers of tokens of

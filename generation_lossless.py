@@ -13,7 +13,7 @@ import torch
 from .generation_canvas import Canvas
 from .generation_decoding import Decisions, DecodingStrategy, Feed, Outputs
 from .generation_drafting import DrawingTurns
-from .generation_pace import Pace
+from .generation_pace import Pace, Rhythm
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
 from .modeling_drafting import EsoDraftHead
@@ -45,7 +45,8 @@ class LosslessUnmasking(DecodingStrategy):
         plan: The order of each row; a group is a token.
         sampler: How tokens are chosen, in drafting and in judging alike.
         use_cache: Whether what is decided is cached.
-        pace: How many tokens are drafted, and how many masks are ready where a draft may be refused.
+        paces: How many tokens are drafted, and how many masks are ready where a draft may be refused: one pace for all
+            rows, or one for each.
         head: The draft head, which lets the tokens of a draft know one another; None: they do not.
     """
 
@@ -55,11 +56,13 @@ class LosslessUnmasking(DecodingStrategy):
         plan: GenerationPlan,
         sampler: TokenSampler,
         use_cache: bool,
-        pace: Pace,
+        paces: list[Pace],
         head: EsoDraftHead | None,
     ):
         self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
-        self.pace, self.head = pace, head
+        self.paces, self.head = paces, head
+        rows = range(canvas.batch)
+        self.rows_of_paces = [[row] for row in rows] if len(paces) == canvas.batch else [list(rows)]
         self.order = plan.order
         self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
@@ -76,7 +79,10 @@ class LosslessUnmasking(DecodingStrategy):
     def next_feed(self) -> Feed:
         canvas, fed = self.canvas, []
         is_idle = canvas.idle_rows(in_lockstep=False)
-        rhythm = self.pace.rhythm(canvas.batch - sum(is_idle))
+        rhythms: dict[int, Rhythm] = {}
+        for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
+            num_active = sum(not is_idle[row] for row in rows)
+            rhythms |= dict.fromkeys(rows, pace.rhythm(num_active))
         num_masks = 0
         for row in range(canvas.batch):
             self.widths[row] = []
@@ -88,7 +94,7 @@ class LosslessUnmasking(DecodingStrategy):
             content = range(cached, decided + num_drafts)
             slots, horizon, first = [*content], [*range(1, len(content) + 1)], [*range(len(content))]
             for end in range(num_drafts + 1):
-                longest = rhythm.length if end == num_drafts else 1 + rhythm.redraft
+                longest = rhythms[row].length if end == num_drafts else 1 + rhythms[row].redraft
                 start = decided + end
                 width = min(longest, self.ends[row] - start)
                 first += [len(slots)] * width
@@ -137,7 +143,6 @@ class LosslessUnmasking(DecodingStrategy):
 
     def decide(self, outputs: Outputs, step: int) -> Decisions:
         decisions, accepted, is_refused = self._judge(outputs.logits, step)
-        judged = sum(count + refused for count, refused in zip(accepted, is_refused, strict=True))
         # The group of masks behind the last decided token: the number of its first one, and how many there are.
         first_masks, widths = [0] * self.canvas.batch, [0] * self.canvas.batch
         for row, count in enumerate(accepted):
@@ -148,7 +153,10 @@ class LosslessUnmasking(DecodingStrategy):
                 self.num_accepted[row] += count
             self.drafts[row] = []
         drawn, turns = self._draft(outputs, first_masks, widths, is_refused, step)
-        self.pace.note(judged, sum(accepted), max(len(drafts) for drafts in self.drafts), turns)
+        for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
+            kept = sum(accepted[row] for row in rows)
+            drafted = max(len(self.drafts[row]) for row in rows)
+            pace.note(kept + sum(is_refused[row] for row in rows), kept, drafted, turns)
         decisions += drawn
         return Decisions(
             rows=[row for decision in decisions for row in decision.rows],
@@ -252,7 +260,7 @@ class LosslessUnmasking(DecodingStrategy):
         uniform = self.sampler.uniform(widths, device)
         firsts = list(accumulate(widths, initial=0))[:-1]
         known = [firsts[row] for row in range(self.canvas.batch) if is_refused[row] and widths[row] > 0]
-        known_tokens = self.canvas.tokens.to(device)[[rows[slot] for slot in known], columns[known].to(device)]
+        known_tokens = self.canvas.tokens[[rows[slot] for slot in known], columns[known]].to(device)
         where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]).to(device), [], []
         for turn, slots in enumerate(turns):
             scores = self.sampler.process(turns.logits[slots], self.canvas, *where[:, slots].tolist())

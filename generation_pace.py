@@ -5,11 +5,12 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from typing import Literal
 
 import torch
 
 from .generation_cache import PreallocatedCache
-from .generation_sampling import draw_by_weight
+from .generation_sampling import Generators, draw_by_weight
 from .modeling_interface import EsoLM
 
 MAX_MASKS = 64
@@ -96,6 +97,10 @@ class DecodingCosts:
         return max(y0 + (y1 - y0) * (slots - x0) / (x1 - x0), 1e-9)
 
 
+NOMINAL_COSTS = DecodingCosts(slots=(0, 50), forwards=(1.0, 2.0), turn=0.0)
+"""What is taken for the costs where the tokens of a row must not depend on the machine, nor on other rows."""
+
+
 @torch.no_grad()
 def measure_costs(model: EsoLM) -> DecodingCosts:
     """Measures a model that is ready to decode, in some twenty forwards."""
@@ -157,7 +162,7 @@ def costs_of(model: EsoLM) -> DecodingCosts:
 
 @dataclass
 class Pace:
-    """Chooses the rhythm of a batch, fixed or for what its drafts have met with.
+    """Chooses the rhythm of a batch, or of a row, fixed or for what its drafts have met with.
 
     Were every draft accepted with the same probability, a rhythm would bring so many tokens in so much time; "auto"
     takes the one that brings the most, or one token a forward. What has been met with fades: every round weighs 0.9 of
@@ -200,6 +205,22 @@ class Pace:
         self.judged = discount * self.judged + offered
         self.turns = discount * self.turns + turns
         self.drafts = discount * self.drafts + drawn
+
+
+def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, generator: Generators) -> list[Pace]:
+    """One pace for all rows, at the costs of the model where it is; or one for each row with a generator of its own.
+
+    Args:
+        model: Ready to decode.
+        draft_length: As it is set.
+        rows: Of the batch.
+        generator: As for `generate`.
+    """
+    if draft_length != "auto":
+        return [Pace(draft_length)]
+    if isinstance(generator, list):
+        return [Pace(None, NOMINAL_COSTS) for _ in range(rows)]
+    return [Pace(None, costs_of(model))]
 
 
 @cache

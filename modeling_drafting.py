@@ -89,7 +89,7 @@ def find_neighbours(positions: torch.Tensor, group_starts: torch.Tensor, is_draw
 class EsoDraftHead(nn.Module):
     """A correction to the logits of a mask, for the tokens drawn beside it by the same forward.
 
-    It is V gelu(S h + U[left] + U'[right] + D), of low rank: h is the state of the mask, D says how far the neighbours
+    It is V silu(S h + U[left] + U'[right] + D), of low rank: h is the state of the mask, D says how far the neighbours
     are. All that depends on the tokens is looked up, so that a turn of drawing costs one product, rank x vocabulary.
 
     Args:
@@ -132,7 +132,7 @@ class EsoDraftHead(nn.Module):
         left, right = tokens.masked_fill(distances == 0, self.mask_token_id).unbind(dim=-1)
         both = distances[..., 0] * (MAX_DISTANCE + 1) + distances[..., 1]
         inner = projected + self.left_embedding(left) + self.right_embedding(right) + self.distance_embedding(both)
-        return self.vocab_proj(F.gelu(inner)).float()
+        return self.vocab_proj(F.silu(inner)).float()
 
     @torch.no_grad()
     def resize(self, vocab_size: int) -> None:

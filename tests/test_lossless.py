@@ -172,7 +172,7 @@ def ragged_prompts(model) -> tuple[torch.Tensor, torch.Tensor]:
     return prompts, attention_mask
 
 
-@pytest.mark.parametrize("draft_length", [3, 8])
+@pytest.mark.parametrize("draft_length", [3, 8, "auto"])
 @pytest.mark.parametrize("draft_rank", [None, 8])
 @pytest.mark.parametrize(
     "schedule", [{"alpha_0": 0.5}, {"alpha_0": 1.0, "unmasking_order": "strided"}, {"alpha_0": 1.0, "block_length": 5}]

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import eso_lm
 from eso_lm import (
+    DataCollatorForDraftHead,
     DataCollatorForHybridMaskedDiffusion,
     EsoConfig,
     EsoForMaskedDiffusion,
@@ -126,6 +127,9 @@ def train(model: EsoForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase, text
     assert_type(collator.alpha_0, float)
     assert_type(collator(texts), dict[str, torch.Tensor])
     assert_type(replace(collator, loss_type="elbo", seed=0), DataCollatorForHybridMaskedDiffusion)
+    assert_type(
+        DataCollatorForDraftHead(tokenizer, config=model.config, draft_length=4)(texts), dict[str, torch.Tensor]
+    )
     trainer = Trainer(model, TrainingArguments("folder"), data_collator=collator)
     average = ExponentialMovingAverageCallback(trainer, decay=0.999)
     held_out = HeldOutEvaluationCallback(trainer, texts, every=100, tokenizer=tokenizer, average=average)
