@@ -1,12 +1,11 @@
 """Drawing the tokens of a forward in turns, so that each knows what those beside it have become."""
 
 from collections.abc import Iterator
-from itertools import accumulate
 
 import torch
 
 from .generation_decoding import Outputs
-from .modeling_drafting import EsoDraftHead, Neighbours, find_neighbours
+from .modeling_drafting import MAX_DISTANCE, EsoDraftHead
 
 ALL = slice(None)
 
@@ -38,19 +37,24 @@ class DrawingTurns:
         is_drawn: torch.Tensor | None = None,
     ):
         self.head, self.logits = head, outputs.logits
-        self.tokens = torch.zeros(len(positions), dtype=torch.long, device=self.logits.device)
+        device = self.logits.device
+        # Behind the last slot stands the mask, for neighbours that do not exist.
+        filler = 0 if head is None else head.mask_token_id
+        self.told = torch.full((len(positions) + 1,), filler, dtype=torch.long, device=device)
+        self.tokens = self.told[:-1]
         self.turns: list[list[int]] = []
         if head is None or outputs.states is None or max(widths) < 2:
             return
-        neighbours = _neighbours_in_rows(positions, widths, is_drawn)
-        self.turns = _turns(neighbours)
+        neighbours = _neighbours_in_rows(positions.tolist(), widths, None if is_drawn is None else is_drawn.tolist())
+        self.turns = _turns([beside for beside, _ in neighbours])
         if len(self.turns) > 1:
-            self.logits = self.logits.clone()
-            self.projected = head.state_proj(outputs.states)
             # In the order of the turns, so that each is a slice.
-            self.order = torch.tensor([slot for turn in self.turns for slot in turn])
-            self.neighbours = neighbours.take(self.order).to(self.logits.device)
-            self.order = self.order.to(self.logits.device)
+            order = [slot for turn in self.turns for slot in turn]
+            self.beside = torch.tensor([neighbours[slot][0] for slot in order], device=device)
+            self.order = torch.tensor(order, device=device)
+            distances = torch.tensor([neighbours[slot][1] for slot in order], device=device)
+            self.prepared = head.prepare(outputs.states[self.order], distances)
+            self.logits = self.logits.clone()
 
     def __iter__(self) -> Iterator[slice | torch.Tensor]:
         if self.head is None or len(self.turns) <= 1:
@@ -61,8 +65,7 @@ class DrawingTurns:
             part = slice(start, start + len(turn))
             slots, start = self.order[part], part.stop
             if number > 0:
-                beside, distances = self.neighbours.slots[part], self.neighbours.distances[part]
-                self.logits[slots] += self.head.correct(self.projected[slots], self.tokens[beside], distances)
+                self.logits[slots] += self.head.correct(self.prepared[part], self.told[self.beside[part]])
             yield slots
 
     @property
@@ -77,27 +80,37 @@ class DrawingTurns:
         return torch.cat(parts)[self.order.argsort()]
 
 
-def _neighbours_in_rows(positions: torch.Tensor, widths: list[int], is_drawn: torch.Tensor | None) -> Neighbours:
-    """The neighbours of slots, (slots, 2), among those of their own row."""
-    counts = torch.tensor(widths)
-    is_slot = torch.arange(max(widths, default=0)) < counts[:, None]
-    padded = torch.zeros(is_slot.shape, dtype=torch.long)
-    padded[is_slot] = positions
-    may_be = is_slot.clone()
-    if is_drawn is not None:
-        may_be[is_slot] = is_drawn
-    neighbours = find_neighbours(padded, torch.zeros_like(padded), may_be)
-    first = torch.tensor([0, *accumulate(widths)])[:-1, None, None]
-    slots = torch.where(neighbours.slots >= 0, neighbours.slots + first, -1)
-    return Neighbours(slots[is_slot], neighbours.distances[is_slot])
+def _neighbours_in_rows(
+    positions: list[int], widths: list[int], is_drawn: list[bool] | None
+) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Of each slot, its neighbours among those of its row, at the left and the right, and how far they are.
+
+    The rule is that of `find_neighbours`, for a few slots on the host.
+    """
+    found, start = [], 0
+    for width in widths:
+        slot_at: dict[int, int] = {}
+        for slot in range(start, start + width):
+            slots, distances = [-1, -1], [0, 0]
+            if is_drawn is None or is_drawn[slot]:
+                place = positions[slot]
+                for side, direction in enumerate((-1, 1)):
+                    for distance in range(1, MAX_DISTANCE + 1):
+                        if (other := slot_at.get(place + direction * distance)) is not None:
+                            slots[side], distances[side] = other, distance
+                            break
+                slot_at[place] = slot
+            found.append(((slots[0], slots[1]), (distances[0], distances[1])))
+        start += width
+    return found
 
 
-def _turns(neighbours: Neighbours) -> list[list[int]]:
+def _turns(neighbours: list[tuple[int, int]]) -> list[list[int]]:
     """The slots of each turn: none before its neighbours, which have lower numbers."""
     turn_of = [-1]  # the first one stands for no neighbour
     turns: list[list[int]] = []
-    for slot, beside in enumerate(neighbours.slots.tolist()):
-        turn = max(turn_of[index + 1] for index in beside) + 1
+    for slot, (left, right) in enumerate(neighbours):
+        turn = max(turn_of[left + 1], turn_of[right + 1]) + 1
         turn_of.append(turn)
         if turn == len(turns):
             turns.append([])

@@ -132,7 +132,7 @@ def measure_costs(model: EsoLM) -> DecodingCosts:
         if head is not None:
             states = torch.zeros(1, head.state_proj.in_features, dtype=model.dtype, device=device)
             beside = torch.ones(1, 2, dtype=torch.long, device=device)
-            corrected = logits + head(states, beside, beside)
+            corrected = logits + head.correct(head.prepare(states, beside), beside)
         return draw_by_weight(corrected.softmax(dim=-1), uniform)
 
     return DecodingCosts(tuple(sizes), tuple(forwards), _seconds(turn, device))
@@ -165,8 +165,8 @@ class Pace:
     """Chooses the rhythm of a batch, or of a row, fixed or for what its drafts have met with.
 
     Were every draft accepted with the same probability, a rhythm would bring so many tokens in so much time; "auto"
-    takes the one that brings the most, or one token a forward. What has been met with fades: every round weighs 0.9 of
-    the next one that judges drafts; slowly where none are, so that they are tried again.
+    takes the one that brings the most, or one token a forward. What has been met with fades: every round weighs 0.95
+    of the next one that judges drafts; slowly where none are, so that they are tried again.
 
     Args:
         draft_length: Tokens of a draft; None: "auto".
@@ -180,7 +180,7 @@ class Pace:
     turns: float = field(default=0.0, init=False)
     drafts: float = field(default=0.0, init=False)
 
-    discount, slow_discount = 0.9, 0.98
+    discount, slow_discount = 0.95, 0.98
 
     def rhythm(self, rows: int) -> Rhythm:
         """That of the next forward, in which so many rows take part."""

@@ -52,14 +52,6 @@ class Neighbours:
         """(..., slots) bool, whether there is any."""
         return (self.distances > 0).any(dim=-1)
 
-    def take(self, slots: torch.Tensor) -> "Neighbours":
-        """Those of some slots, of (slots, 2)."""
-        return Neighbours(self.slots[slots], self.distances[slots])
-
-    def to(self, device: torch.device) -> "Neighbours":
-        """The same on a device."""
-        return Neighbours(self.slots.to(device), self.distances.to(device))
-
 
 def find_neighbours(positions: torch.Tensor, group_starts: torch.Tensor, is_drawn: torch.Tensor) -> Neighbours:
     """The neighbours of each slot among those of its group that come before it.
@@ -125,13 +117,18 @@ class EsoDraftHead(nn.Module):
         Returns:
             (slots, vocab), in float32.
         """
-        return self.correct(self.state_proj(states), tokens, distances)
+        tokens = tokens.masked_fill(distances == 0, self.mask_token_id)
+        return self.correct(self.prepare(states, distances), tokens)
 
-    def correct(self, projected: torch.Tensor, tokens: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
-        """The same, of states that `state_proj` has been applied to."""
-        left, right = tokens.masked_fill(distances == 0, self.mask_token_id).unbind(dim=-1)
+    def prepare(self, states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
+        """(slots, rank), what does not depend on the tokens, for all turns at once."""
         both = distances[..., 0] * (MAX_DISTANCE + 1) + distances[..., 1]
-        inner = projected + self.left_embedding(left) + self.right_embedding(right) + self.distance_embedding(both)
+        return self.state_proj(states) + self.distance_embedding(both)
+
+    def correct(self, prepared: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """(slots, vocab), from what was prepared and the neighbours (slots, 2), the mask where there is none."""
+        left, right = tokens.unbind(dim=-1)
+        inner = prepared + self.left_embedding(left) + self.right_embedding(right)
         return self.vocab_proj(F.silu(inner)).float()
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
 
 from eso_lm import DataCollatorForDraftHead, DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 from eso_lm.generation_decoding import Outputs
-from eso_lm.generation_drafting import DrawingTurns
+from eso_lm.generation_drafting import DrawingTurns, _neighbours_in_rows
 from eso_lm.modeling_drafting import MAX_DISTANCE, find_neighbours
 
 RANK = 8
@@ -330,3 +330,21 @@ def test_a_head_that_is_not_there_cannot_be_asked_for():
         randomized_model(draft_rank=2)(**{name: batch[name] for name in ("input_ids", "labels", "draft_starts")})
     with pytest.raises(ValueError, match="`draft_length` must be a positive integer"):
         DataCollatorForDraftHead(config=model.config, draft_length=None)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(layouts(), min_size=1, max_size=3))
+def test_turns_go_by_the_same_neighbours_as_training(rows):
+    """Rows whose slots are one group each, on the host one by one, and by `find_neighbours`."""
+    rows = [(positions, is_drawn) for positions, _, is_drawn in rows]
+    found, start = [], 0
+    for positions, is_drawn in rows:
+        count = len(positions)
+        group = find_neighbours(
+            torch.tensor([positions]), torch.zeros(1, count, dtype=torch.long), torch.tensor([is_drawn])
+        )
+        slots = torch.where(group.slots[0] >= 0, group.slots[0] + start, -1)
+        found += zip(map(tuple, slots.tolist()), map(tuple, group.distances[0].tolist()), strict=True)
+        start += count
+    flat = [[value for row in rows for value in row[part]] for part in (0, 1)]
+    assert _neighbours_in_rows(flat[0], [len(positions) for positions, _ in rows], flat[1]) == found
