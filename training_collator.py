@@ -259,7 +259,7 @@ class DataCollatorForDraftHead(DataCollatorForHybridMaskedDiffusion):
     """Draws orders and drafts for the draft head of a model that is trained already; the loss is the head's alone.
 
     Half the rows are written from left to right, as all text is at α_0 = 0. In the others, any number of tokens comes
-    first, in a random or strided order, and the rest from left to right, as at any α_0. The tokens behind the prompt
+    first, in a random order or in strides of 2 to 9, and the rest from left to right, as at any α_0. The tokens behind the prompt
     are cut into drafts, of which the head learns to draw each token, given those in it that stand nearest.
 
     Args:
@@ -286,8 +286,9 @@ class DataCollatorForDraftHead(DataCollatorForHybridMaskedDiffusion):
             alpha_0, which = torch.rand(2, generator=generator).tolist()
             if which < 0.5:
                 continue
-            kind = "random" if which < 0.75 else "strided"
-            order, _ = plan_generation(1, count, alpha_0, unmasking_order=kind, generator=generator)
+            # Strides so small that the tokens of one are neighbours, too.
+            kind, num_steps = ("random", None) if which < 0.75 else ("strided", 2 + int(8 * (which - 0.75) / 0.25))
+            order, _ = plan_generation(1, count, alpha_0, num_steps, kind, generator=generator)
             rank[row, is_drawn[row]] = order[0].argsort().double()
         order = order_of_slots(group, rank)
         labels = labels.gather(1, order)
