@@ -259,8 +259,9 @@ class DataCollatorForDraftHead(DataCollatorForHybridMaskedDiffusion):
     """Draws orders and drafts for the draft head of a model that is trained already; the loss is the head's alone.
 
     Half the rows are written from left to right, as all text is at α_0 = 0. In the others, any number of tokens comes
-    first, in a random order or in strides of 2 to 9, and the rest from left to right, as at any α_0. The tokens behind the prompt
-    are cut into drafts, of which the head learns to draw each token, given those in it that stand nearest.
+    first, in a random order or in strides of 2 to 9, and the rest from left to right, as at any α_0. The tokens
+    behind the prompt are cut into drafts, of which the head learns to draw each token, given those in it that stand
+    nearest.
 
     Args:
         As for [`DataCollatorForHybridMaskedDiffusion`], whose mixture and weights have no meaning here; `draft_length`

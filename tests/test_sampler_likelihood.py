@@ -98,10 +98,10 @@ def by_plain_forwards(model, text, order, groups, num_given=0):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-@pytest.mark.parametrize("seed", [1, 2])
-def test_probabilities_of_all_texts_add_up_to_one(sampler, seed):
-    """Given one plan, which for adaptive samplers says what they choose from."""
-    model, texts = tiny_language(5)
+@pytest.mark.parametrize(("seed", "draft_rank"), [(1, None), (2, None), (1, 4)])
+def test_probabilities_of_all_texts_add_up_to_one(sampler, seed, draft_rank):
+    """Given one plan, which for adaptive samplers says what they choose from; with a draft head, too."""
+    model, texts = tiny_language(5, draft_rank=draft_rank)
     output = model.log_likelihood(texts, generator=seeds(len(texts), seed), **sampler)
     assert (output.orders == output.orders[:1]).all()
     assert (output.groups == output.groups[:1]).all()
@@ -175,10 +175,10 @@ def test_taken_over_backbones_are_scored_as_by_plain_forwards(kind):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("chunk_length", [None, 2])
-def test_a_sample_scored_under_its_plan_has_its_log_probs(name, chunk_length):
+@pytest.mark.parametrize(("chunk_length", "draft_rank"), [(None, None), (2, None), (None, 8), (3, 8)])
+def test_a_sample_scored_under_its_plan_has_its_log_probs(name, chunk_length, draft_rank):
     """Prompts of different lengths with holes, whatever the filters: `log_probs` are the model's own."""
-    model = randomized_model(scale=0.4)
+    model = randomized_model(scale=0.4, draft_rank=draft_rank)
     prompt = random_batch(model, 3, 5)
     prompt[0, 2] = prompt[2, 4] = MASK
     attention_mask = torch.ones_like(prompt)
@@ -284,10 +284,13 @@ def test_samples_follow_the_likelihood(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["blocks", "entropy", "penalty", "strided"])
-def test_samples_of_any_sampler_follow_its_likelihood(name):
+@pytest.mark.parametrize(
+    ("name", "draft_rank"),
+    [*((name, None) for name in ("blocks", "entropy", "penalty", "strided")), ("left to right", 4), ("entropy", 4)],
+)
+def test_samples_of_any_sampler_follow_its_likelihood(name, draft_rank):
     """Chi-square of 4000 samples over the 27 texts, against the mean over 300 plans."""
-    model, texts = tiny_language(3)
+    model, texts = tiny_language(3, draft_rank=draft_rank)
     samples = model.generate(max_new_tokens=3, num_return_sequences=4000, eos_token_id=None, **SAMPLERS[name])
     counts = torch.bincount((samples * torch.tensor([9, 3, 1])).sum(dim=-1), minlength=27).double()
     scored = model.log_likelihood(texts, num_orders=300, generator=seeds(27), **SAMPLERS[name])
