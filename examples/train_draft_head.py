@@ -48,7 +48,7 @@ class Arguments(TextArguments):
 class DraftHeadArguments(TrainingArguments):
     """transformers' TrainingArguments with usual defaults for a few small matrices."""
 
-    max_steps: int = 400
+    max_steps: int = 500
     per_device_train_batch_size: int = 16
     learning_rate: float = 1e-2
     lr_scheduler_type: str = "cosine"
