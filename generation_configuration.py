@@ -202,7 +202,8 @@ class EsoGenerateOutput(ModelOutput):
             with the settings of adaptive unmasking if there are any. (Not a text that has ended early in another order
             than left to right: what was decided behind its end, and seen by the rest, is padding now.)
         log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
-            distribution before any filter; 0 where given (or padding).
+            distribution (with the draft head's correction where it was drawn with one) before any filter; 0 where
+            given (or padding).
         scores: (batch, length, vocab), with `output_scores=True`; the processed scores from which each new token was
             drawn, 0 where given (or padding).
         logits: (batch, length, vocab), with `output_logits=True`; the same before any filter.

@@ -170,10 +170,17 @@ def draft_loss(
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: without a head, and for drafts that begin behind a slot of theirs.
     """
+    head = require_draft_head(model)
+    own = torch.arange(labels.shape[1], device=labels.device)
     is_drawn = labels != IGNORED_LABEL
     tokens = torch.where(is_drawn, labels, input_ids)
-    starts = draft_starts.masked_fill(~is_drawn, 0) + torch.arange(labels.shape[1], device=labels.device) * ~is_drawn
+    starts = torch.where(is_drawn, draft_starts, own)
+    if ((starts < 0) | (starts > own)).any():
+        raise ValueError("`draft_starts` must be slots from 0 to that of the token itself, the first of its draft.")
     neighbours = find_neighbours(position_ids, starts, is_drawn)
     is_corrected = neighbours.exist
     two_streams = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
@@ -186,7 +193,7 @@ def draft_loss(
         logits = model.compute_logits(states).float()
         p = model.compute_logits(exact_states).float().log_softmax(dim=-1)
     beside = neighbours.slots[rows, slots].clamp(min=0)
-    q = logits + require_draft_head(model)(states, tokens[rows[:, None], beside], neighbours.distances[rows, slots])
+    q = logits + head(states, tokens[rows[:, None], beside], neighbours.distances[rows, slots])
     # The mask is never drawn: both give it nothing, and -inf - -inf is no number.
     divergence = (p.exp() * (p - q.log_softmax(dim=-1)).masked_fill(p == -torch.inf, 0)).sum()
     return divergence / (is_drawn.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)

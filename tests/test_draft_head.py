@@ -322,6 +322,8 @@ def test_a_head_that_is_not_there_cannot_be_asked_for():
     batch = DataCollatorForDraftHead(config=model.config)([{"input_ids": torch.arange(12)}])
     with pytest.raises(ValueError, match="has no draft head"):
         model(**batch)
+    with pytest.raises(ValueError, match="`draft_starts` must be slots"):
+        randomized_model(draft_rank=2)(**batch | {"draft_starts": batch["draft_starts"] - 9})
     with pytest.raises(ValueError, match="`use_draft_head` must be a bool"):
         model.generate(max_new_tokens=4, use_draft_head="yes")
     with pytest.raises(ValueError, match="`draft_rank`"):
