@@ -416,13 +416,14 @@ class EsoForMaskedDiffusion(
                 attention_mask = None  # padding is last: no slot that counts can see it
 
         if labels is not None:
-            losses = []
+            loss: torch.Tensor | None = None
             if draft_starts is None or loss_weights is not None:
                 batch_of_loss = (input_ids, inputs_embeds, position_ids, attention_mask, labels)
-                losses.append(hybrid_loss(self, *batch_of_loss, loss_weights, sequential_rows, **kwargs))
+                loss = hybrid_loss(self, *batch_of_loss, loss_weights, sequential_rows, **kwargs)
             if draft_starts is not None:
-                losses.append(draft_loss(self, input_ids, position_ids, labels, draft_starts, **kwargs))
-            return EsoLMOutput(loss=sum(losses))
+                loss_of_drafts = draft_loss(self, input_ids, position_ids, labels, draft_starts, **kwargs)
+                loss = loss_of_drafts if loss is None else loss + loss_of_drafts
+            return EsoLMOutput(loss=loss)
         outputs = self.run_backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
