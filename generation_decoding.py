@@ -228,13 +228,19 @@ class Decoder:
         self, feed: Feed, own: torch.Tensor, starts: torch.Tensor, num_keys: int
     ) -> torch.Tensor | BlockMask:
         """What each fed slot sees of the cached ones (all of its row) and of the fed ones."""
-        device = self.model.device
-        horizon = own + 1 if feed.horizon is None else feed.horizon.gather(1, own)
-        first = own if feed.first_mask is None else feed.first_mask.gather(1, own)
-        horizon, first, last = torch.stack([horizon + starts, first + starts, own + starts]).to(device)
+        device, last = self.model.device, own + starts
+        if feed.horizon is None or feed.first_mask is None:
+            last = last.to(device)
 
-        def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-            return (key < horizon[row, query]) | ((first[row, query] <= key) & (key <= last[row, query]))
+            def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                return key <= last[row, query]
+
+        else:
+            horizon, first = feed.horizon.gather(1, own) + starts, feed.first_mask.gather(1, own) + starts
+            horizon, first, last = torch.stack([horizon, first, last]).to(device)
+
+            def sees(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+                return (key < horizon[row, query]) | ((first[row, query] <= key) & (key <= last[row, query]))
 
         batch, fed = own.shape
         return make_attention_mask(self.model.model.config, sees, batch, fed, num_keys, self.model.dtype, device)

@@ -13,7 +13,7 @@ import torch
 from .generation_canvas import Canvas
 from .generation_decoding import Decisions, DecodingStrategy, Feed, Outputs
 from .generation_drafting import DrawingTurns
-from .generation_pace import Pace, Rhythm
+from .generation_pace import TRIAL, Pace, Rhythm
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
 from .modeling_drafting import EsoDraftHead
@@ -71,6 +71,9 @@ class LosslessUnmasking(DecodingStrategy):
         # Of each row, the drafted tokens of the slots behind the decided ones, and q, (drafts, vocab), of each.
         self.drafts: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.proposals = [torch.empty(0)] * canvas.batch
+        # Whether the drafts are on trial; and if those of the forward before were, the q of each row.
+        self.is_trial = False
+        self.tried: list[torch.Tensor] = []
         # Of each row, the masks of each group; and where in the logits of a forward the groups begin.
         self.widths: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.first_masks: list[list[int]] = [[] for _ in range(canvas.batch)]
@@ -79,10 +82,9 @@ class LosslessUnmasking(DecodingStrategy):
     def next_feed(self) -> Feed:
         canvas, fed = self.canvas, []
         is_idle = canvas.idle_rows(in_lockstep=False)
-        rhythms: dict[int, Rhythm] = {}
-        for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
-            num_active = sum(not is_idle[row] for row in rows)
-            rhythms |= dict.fromkeys(rows, pace.rhythm(num_active))
+        if self.is_trial:
+            self.tried, self.drafts = [*self.proposals], [[] for _ in range(canvas.batch)]
+        rhythms = self._choose_rhythms([row for row in range(canvas.batch) if not is_idle[row]])
         num_masks = 0
         for row in range(canvas.batch):
             self.widths[row] = []
@@ -134,6 +136,18 @@ class LosslessUnmasking(DecodingStrategy):
             first_mask=visibility[1],
         )
 
+    def _choose_rhythms(self, active: list[int]) -> dict[int, Rhythm]:
+        """Of each row that takes part in the next forward."""
+        rhythms: dict[int, Rhythm] = {}
+        for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
+            taking_part = [row for row in active if row in rows]
+            are_in_step = len(taking_part) > 1 and len({self.decided[row] for row in taking_part}) == 1
+            # Rows with a pace each are never in step.
+            self.is_trial = not self.tried and pace.wants_trial(are_in_step)
+            rhythm = TRIAL if self.is_trial else pace.rhythm(len(taking_part), are_in_step)
+            rhythms |= dict.fromkeys(taking_part, rhythm)
+        return rhythms
+
     def statistics(self) -> dict[str, list[int]]:
         return {
             "forwards_per_row": self.num_forwards,
@@ -152,11 +166,12 @@ class LosslessUnmasking(DecodingStrategy):
                 self.decided[row] += count
                 self.num_accepted[row] += count
             self.drafts[row] = []
-        drawn, turns = self._draft(outputs, first_masks, widths, is_refused, step)
+        drawn, turns, expected = self._draft(outputs, first_masks, widths, is_refused, step)
         for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
             kept = sum(accepted[row] for row in rows)
+            offered = kept + sum(is_refused[row] for row in rows) + len(expected)
             drafted = max(len(self.drafts[row]) for row in rows)
-            pace.note(kept + sum(is_refused[row] for row in rows), kept, drafted, turns)
+            pace.note(offered, kept + sum(expected), drafted, turns)
         decisions += drawn
         return Decisions(
             rows=[row for decision in decisions for row in decision.rows],
@@ -235,11 +250,12 @@ class LosslessUnmasking(DecodingStrategy):
         widths: list[int],
         is_refused: list[bool],
         step: int,
-    ) -> tuple[list[Decisions], int]:
+    ) -> tuple[list[Decisions], int, list[float]]:
         """Draws the next tokens of each row; the first one, unless it took the place of a refused one, is decided.
 
         Returns:
-            What was decided, and the turns that it took.
+            What was decided, the turns that it took, and with which probability each draft that was on trial would
+            have been accepted.
         """
         # With the place of a refused one nothing is left to be drawn, if there is no mask behind.
         widths = [0 if refused and width == 1 else width for width, refused in zip(widths, is_refused, strict=True)]
@@ -247,33 +263,34 @@ class LosslessUnmasking(DecodingStrategy):
         for row, refused in enumerate(is_refused):
             self.decided[row] += refused
         if not drafting:
-            return [], 0
+            return [], 0, []
         rows = [row for row, _ in drafting]
         # The first slot of a row that has had a refusal is decided.
         places = [self.decided[row] - is_refused[row] + slot for row, slot in drafting]
         columns = self.order[rows, places]
         index = [first_masks[row] + slot for row, slot in drafting]
-        states = None if outputs.states is None else outputs.states[index]
+        states = None if outputs.states is None else _at(outputs.states, index)
         positions = self.canvas.text_positions[rows, columns]
-        turns = DrawingTurns(self.head, Outputs(outputs.logits[index], states), positions, widths)
+        turns = DrawingTurns(self.head, Outputs(_at(outputs.logits, index), states), positions, widths)
         device = turns.logits.device
         uniform = self.sampler.uniform(widths, device)
         firsts = list(accumulate(widths, initial=0))[:-1]
         known = [firsts[row] for row in range(self.canvas.batch) if is_refused[row] and widths[row] > 0]
-        known_tokens = self.canvas.tokens[[rows[slot] for slot in known], columns[known]].to(device)
+        if known:
+            known_tokens = self.canvas.tokens[[rows[slot] for slot in known], columns[known]].to(device)
         where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]).to(device), [], []
         for turn, slots in enumerate(turns):
             scores = self.sampler.process(turns.logits[slots], self.canvas, *where[:, slots].tolist())
             q = self.sampler.probabilities(scores)
             turns.tokens[slots] = draw_by_weight(q, uniform[slots])
-            if turn == 0:
+            if turn == 0 and known:
                 turns.tokens[known] = known_tokens
             parts_of_scores.append(scores)
             parts_of_q.append(q)
         scores, q = turns.assemble(parts_of_scores), turns.assemble(parts_of_q)
         tokens, can_be_drawn = torch.stack([turns.tokens, is_drawable(scores).long()]).tolist()
         require_drawable(can_be_drawn)
-        exact = []
+        exact, overlaps = [], []
         for row, (first, width) in enumerate(zip(firsts, widths, strict=True)):
             if width > 0:
                 self.drafts[row] = tokens[first + 1 : first + width]
@@ -281,17 +298,21 @@ class LosslessUnmasking(DecodingStrategy):
                 if not is_refused[row]:
                     exact.append(first)
                     self.decided[row] += 1
+                if self.tried and len(self.tried[row]) > 0:
+                    overlaps.append(torch.minimum(self.tried[row][0], q[first]).sum())
+        expected = torch.stack(overlaps).tolist() if overlaps else []
+        self.tried = []
         if not exact:
-            return [], turns.num_turns
+            return [], turns.num_turns, expected
         decided = self._reveal(
             [rows[slot] for slot in exact],
             columns[exact].tolist(),
-            turns.tokens[exact],
-            scores[exact],
-            turns.logits[exact],
+            _at(turns.tokens, exact),
+            _at(scores, exact),
+            _at(turns.logits, exact),
             step,
         )
-        return [decided], turns.num_turns
+        return [decided], turns.num_turns, expected
 
     def _reveal(
         self,
@@ -305,6 +326,11 @@ class LosslessUnmasking(DecodingStrategy):
         log_probs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         self.canvas.reveal(rows, columns, tokens.tolist(), log_probs.tolist(), step)
         return Decisions(rows, columns, scores, logits)
+
+
+def _at(tensor: torch.Tensor, index: list[int]) -> torch.Tensor:
+    """`tensor[index]`, without a copy where that is all of it."""
+    return tensor if index == list(range(len(tensor))) else tensor[index]
 
 
 @dataclass

@@ -4,13 +4,15 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
+from itertools import accumulate
 from typing import Literal
 
 import torch
 
 from .generation_cache import PreallocatedCache
-from .generation_sampling import Generators, draw_by_weight
+from .generation_decoding import Decoder, Feed
+from .generation_sampling import Generators, draw_by_weight, is_drawable
 from .modeling_interface import EsoLM
 
 MAX_MASKS = 64
@@ -19,10 +21,20 @@ MAX_MASKS = 64
 MASKS_BEHIND_DRAFTS = 24
 """With a fixed draft length, the masks of a row that are ready to draft on where a draft may be refused."""
 
-SIZES_MEASURED = (2, 8, 16, 32, 64, 128, 256, 512)
-"""Slots of the forwards that are measured, until one takes `SLOWEST_MEASURED` times as long as the first."""
+GAIN_TO_PART = 1.1
+"""How many times the tokens a second drafts have to bring before rows that stand at the same place leave it for them:
+there is no way back, and apart they decode more slowly."""
+
+SLOTS_MEASURED = (2, 4, 8, 16, 32, 64)
+"""Slots of a row in the forwards that are measured, until one takes `SLOWEST_MEASURED` times as long as the first."""
 
 SLOWEST_MEASURED = 8
+
+MAX_ROWS_MEASURED = 64
+"""Rows of these forwards at the most; what more cost is on the line through one row and as many."""
+
+DRAWS_MEASURED = (1, 8)
+"""Slots of a row whose tokens are drawn in the turns that are measured."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,10 @@ RHYTHMS = [
 """What "auto" chooses from."""
 
 
+TRIAL = Rhythm(length=2, redraft=0)
+"""One draft of each row, which is only compared with what the next forward says of its place."""
+
+
 def fixed_rhythm(draft_length: int) -> Rhythm:
     """That of a fixed draft length, which depends on nothing else: a seed gives the same text everywhere."""
     drafts = draft_length - 1
@@ -77,68 +93,123 @@ def fixed_rhythm(draft_length: int) -> Rhythm:
 
 @dataclass(frozen=True)
 class DecodingCosts:
-    """What decoding costs on a device, in seconds.
+    """What it costs to decode some rows at once on a device, in seconds.
 
     Args:
-        slots, forwards: Numbers of slots, ascending, and the time of a forward of as many.
-        turn: The time of a turn of drawing, with the draft head.
+        in_step: The time of a forward of one token and one mask of each row, all of which stand at the same place.
+        slots, forwards: Numbers of slots of each row, ascending, and the time of a forward of about as many, of rows
+            that stand at different places.
+        drawn, draws: Numbers of slots of each row, ascending, and the time of drawing their tokens in one turn.
     """
 
+    in_step: float
     slots: tuple[int, ...]
     forwards: tuple[float, ...]
-    turn: float
+    drawn: tuple[int, ...]
+    draws: tuple[float, ...]
 
-    def of_forward(self, slots: float) -> float:
-        """The time of a forward, by a line between the measured ones, or the line through the last two."""
-        right = min(max(bisect_left(self.slots, slots), 1), len(self.slots) - 1)
-        if right == 0:
-            return self.forwards[0]
-        (x0, x1), (y0, y1) = self.slots[right - 1 : right + 1], self.forwards[right - 1 : right + 1]
-        return max(y0 + (y1 - y0) * (slots - x0) / (x1 - x0), 1e-9)
+    def of_round(self, rhythm: "Rhythm", acceptance: float, turns: float, are_in_step: bool) -> float:
+        """The mean time of a round: a forward, the turns of drawing, and one more in which drafts are judged."""
+        _, slots, drafts = rhythm.means(acceptance)
+        if drafts == 0 and are_in_step:
+            return self.in_step + self.draws[0]
+        num_turns = 1 + drafts * turns
+        time_to_draw = num_turns * _on_lines(self.drawn, self.draws, (1 + drafts) / num_turns)
+        time_to_judge = _on_lines(self.drawn, self.draws, drafts) if drafts > 0 else 0.0
+        return _on_lines(self.slots, self.forwards, slots) + time_to_draw + time_to_judge
 
 
-NOMINAL_COSTS = DecodingCosts(slots=(0, 50), forwards=(1.0, 2.0), turn=0.0)
+def _on_lines(numbers: tuple[int, ...], times: tuple[float, ...], number: float) -> float:
+    """The time for a number, by a line between the measured ones, or the line through the last two."""
+    right = min(max(bisect_left(numbers, number), 1), len(numbers) - 1)
+    if right == 0:
+        return times[0]
+    (x0, x1), (y0, y1) = numbers[right - 1 : right + 1], times[right - 1 : right + 1]
+    return max(y0 + (y1 - y0) * (number - x0) / (x1 - x0), 1e-9)
+
+
+@dataclass(frozen=True)
+class BatchCosts:
+    """What decoding costs by the number of rows that take part.
+
+    Args:
+        of_one, of_all: What it costs for a single row, and for `rows`.
+    """
+
+    of_one: DecodingCosts
+    of_all: DecodingCosts
+    rows: int
+
+    def of_rows(self, rows: int) -> DecodingCosts:
+        """What it costs for so many, on a line through both."""
+        share = (rows - 1) / max(self.rows - 1, 1)
+        slots = self.of_all.slots[: len(self.of_one.slots)]
+
+        def mix(name: str) -> tuple[float, ...]:
+            pairs = zip(getattr(self.of_one, name), getattr(self.of_all, name), strict=False)
+            return tuple(one + (all_ - one) * share for one, all_ in pairs)
+
+        in_step = self.of_one.in_step + (self.of_all.in_step - self.of_one.in_step) * share
+        return DecodingCosts(in_step, slots, mix("forwards"), self.of_all.drawn, mix("draws"))
+
+
+_NOMINAL = DecodingCosts(in_step=1.04, slots=(0, 50), forwards=(1.0, 2.0), drawn=(1,), draws=(0.0,))
+NOMINAL_COSTS = BatchCosts(_NOMINAL, _NOMINAL, rows=1)
 """What is taken for the costs where the tokens of a row must not depend on the machine, nor on other rows."""
 
 
 @torch.no_grad()
-def measure_costs(model: EsoLM) -> DecodingCosts:
-    """Measures a model that is ready to decode, in some twenty forwards."""
-    head, device = model.draft_head, model.device
+def measure_costs(model: EsoLM, rows: int) -> DecodingCosts:
+    """Measures a model that is ready to decode, in some twenty forwards of as many rows as are to be decoded."""
+    device = model.device
+    decoder = Decoder(model, PreallocatedCache(model.config.num_hidden_layers, 2 + max(SLOTS_MEASURED)))
+    # Rows in step come first: they allocate the cache.
+    in_step = _seconds(partial(decoder, _feed(model, rows, 2, are_in_step=True)), device)
     sizes: list[int] = []
     forwards: list[float] = []
-    for size in SIZES_MEASURED:
-        kv_cache = PreallocatedCache(model.config.num_hidden_layers, size)
-        tokens = torch.zeros(1, size, dtype=torch.long, device=device)
-        positions = torch.arange(size, device=device)[None] % (model.max_text_length or size)
-
-        def forward(
-            kv_cache: PreallocatedCache = kv_cache, tokens: torch.Tensor = tokens, positions: torch.Tensor = positions
-        ) -> torch.Tensor:
-            kv_cache.keep(0)
-            return model(input_ids=tokens, position_ids=positions, past_key_values=kv_cache).logits
-
+    for size in SLOTS_MEASURED:
         sizes.append(size)
-        forwards.append(_seconds(forward, device))
+        forwards.append(_seconds(partial(decoder, _feed(model, rows, size, are_in_step=rows == 1)), device))
         if forwards[-1] > SLOWEST_MEASURED * forwards[0]:
             break
-    # A forward of more slots takes longer, whatever the noise says.
-    forwards = [max(forwards[: index + 1]) for index in range(len(forwards))]
-    logits = torch.zeros(1, model.config.vocab_size, device=device)
-    uniform = torch.zeros(1, dtype=torch.float64, device=device)
-
-    def turn() -> torch.Tensor:
-        corrected = logits
-        if head is not None:
-            states = torch.zeros(1, head.state_proj.in_features, dtype=model.dtype, device=device)
-            beside = torch.ones(1, 2, dtype=torch.long, device=device)
-            corrected = logits + head.correct(head.prepare(states, beside), beside)
-        return draw_by_weight(corrected.softmax(dim=-1), uniform)
-
-    return DecodingCosts(tuple(sizes), tuple(forwards), _seconds(turn, device))
+    # More work takes longer, whatever the noise says.
+    forwards = list(accumulate([in_step, *forwards], max))[1:]
+    draws = [_seconds(partial(_draw, model, rows * number), device) for number in DRAWS_MEASURED]
+    return DecodingCosts(in_step, tuple(sizes), tuple(forwards), DRAWS_MEASURED, tuple(draws))
 
 
-def _seconds(function: Callable[[], torch.Tensor], device: torch.device, repeats: int = 3) -> float:
+def _feed(model: EsoLM, rows: int, size: int, are_in_step: bool) -> Feed:
+    """What rows feed, `size` slots each: a token and a mask; or more of both, of rows apart give or take one."""
+    has_drafts = size > 2
+    num_fed = [size + (has_drafts and not are_in_step) * (row % 3 - 1) for row in range(rows)]
+    own = torch.arange(max(num_fed)).expand(rows, -1)
+    num_tokens = max(size // 4, 1)
+    return Feed(
+        starts=[0 if are_in_step else row % 2 for row in range(rows)],
+        input_ids=torch.zeros_like(own),
+        position_ids=own % (model.max_text_length or size),
+        num_fed=num_fed,
+        kept=[range(num_tokens, fed) for fed in num_fed],
+        horizon=(own + 1).clamp(max=num_tokens) if has_drafts else None,
+        first_mask=own if has_drafts else None,
+    )
+
+
+def _draw(model: EsoLM, slots: int) -> list[list[float]]:
+    """Draws the tokens of so many slots, as in a turn."""
+    head, device = model.draft_head, model.device
+    logits = torch.zeros(slots, model.config.vocab_size, device=device)
+    if head is not None:
+        states = torch.zeros(slots, head.state_proj.in_features, dtype=model.dtype, device=device)
+        beside = torch.ones(slots, 2, dtype=torch.long, device=device)
+        logits = logits + head.correct(head.prepare(states, beside), beside)
+    q = logits.softmax(dim=-1)
+    tokens = draw_by_weight(q, torch.zeros(slots, dtype=torch.float64, device=device))
+    log_probs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
+    return torch.stack([tokens, log_probs, is_drawable(logits)]).tolist()
+
+
+def _seconds(function: Callable[[], object], device: torch.device, repeats: int = 3) -> float:
     """The shortest of some calls, after one that warms up."""
     times = []
     for _ in range(repeats + 1):
@@ -151,13 +222,15 @@ def _seconds(function: Callable[[], torch.Tensor], device: torch.device, repeats
     return min(times[1:])
 
 
-def costs_of(model: EsoLM) -> DecodingCosts:
-    """The costs of a model where it is, measured once."""
-    key = (model.device, model.dtype, model.model.config._attn_implementation, torch.get_num_threads())
-    known = model.__dict__.setdefault("_decoding_costs", {})
-    if key not in known:
-        known[key] = measure_costs(model)
-    return known[key]
+def costs_of(model: EsoLM, rows: int) -> BatchCosts:
+    """The costs of a model where it is, measured once for one row, and once for the power of two above `rows`."""
+    where = (model.device, model.dtype, model.model.config._attn_implementation, torch.get_num_threads())
+    known: dict[tuple, DecodingCosts] = model.__dict__.setdefault("_decoding_costs", {})
+    rows = min(1 << (rows - 1).bit_length(), MAX_ROWS_MEASURED)
+    for number in (1, rows):
+        if (*where, number) not in known:
+            known[*where, number] = measure_costs(model, number)
+    return BatchCosts(known[*where, 1], known[*where, rows], rows)
 
 
 @dataclass
@@ -166,7 +239,8 @@ class Pace:
 
     Were every draft accepted with the same probability, a rhythm would bring so many tokens in so much time; "auto"
     takes the one that brings the most, or one token a forward. What has been met with fades: every round weighs 0.95
-    of the next one that judges drafts; slowly where none are, so that they are tried again.
+    of the next one that judges drafts; slowly where none are, so that they are tried again. Rows that stand at the
+    same place try them without leaving it, on trial.
 
     Args:
         draft_length: Tokens of a draft; None: "auto".
@@ -174,36 +248,47 @@ class Pace:
     """
 
     draft_length: int | None
-    costs: DecodingCosts | None = None
+    costs: BatchCosts | None = None
     accepted: float = field(default=0.0, init=False)
     judged: float = field(default=0.0, init=False)
     turns: float = field(default=0.0, init=False)
     drafts: float = field(default=0.0, init=False)
 
-    discount, slow_discount = 0.95, 0.98
+    hope, discount, slow_discount = 0.85, 0.95, 0.98
 
-    def rhythm(self, rows: int) -> Rhythm:
-        """That of the next forward, in which so many rows take part."""
+    def wants_trial(self, are_in_step: bool) -> bool:
+        """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them."""
+        return self.draft_length is None and are_in_step and self.judged < 1
+
+    def rhythm(self, rows: int, are_in_step: bool) -> Rhythm:
+        """That of the next forward.
+
+        Args:
+            rows: That take part in it.
+            are_in_step: Whether they are several, and stand at the same place.
+        """
         if self.draft_length is not None:
             return fixed_rhythm(self.draft_length)
         assert self.costs is not None
-        # What has been seen counts for more the more it is; before, two of three drafts are taken to be accepted, and
-        # each to take a turn.
-        acceptance = round((self.accepted + 2 / 3) / (self.judged + 1), 2)
+        # What has been seen counts for more the more it is. Before, most drafts are taken to be accepted, for who does
+        # not try them never learns better; and each to take a turn.
+        acceptance = round(32 * (self.accepted + self.hope) / (self.judged + 1)) / 32
         turns = round((self.turns + 1) / (self.drafts + 1), 1)
-        return best_rhythm(acceptance, turns, rows, self.costs)
+        return best_rhythm(acceptance, turns, are_in_step, self.costs.of_rows(rows))
 
-    def note(self, offered: int, accepted: int, drawn: int, turns: int) -> None:
+    def note(self, offered: int, accepted: float, drawn: int, turns: int) -> None:
         """Takes note of a round.
 
         Args:
-            offered, accepted: Drafts that were judged, in all rows, up to the first refusal of each, and accepted.
-            drawn, turns: New drafts, of the row that has the most, and the turns that it took to draw them.
+            offered, accepted: Drafts that were judged, in all rows, up to the first refusal of each, and accepted, or
+                that would be, on average.
+            drawn, turns: New drafts, of the row that has the most, and the turns that it took to draw them, if any,
+                and the token before them.
         """
         discount = self.discount if offered > 0 else self.slow_discount
         self.accepted = discount * self.accepted + accepted
         self.judged = discount * self.judged + offered
-        self.turns = discount * self.turns + turns
+        self.turns = discount * self.turns + max(turns - 1, 0)
         self.drafts = discount * self.drafts + drawn
 
 
@@ -220,24 +305,22 @@ def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, gener
         return [Pace(draft_length)]
     if isinstance(generator, list):
         return [Pace(None, NOMINAL_COSTS) for _ in range(rows)]
-    return [Pace(None, costs_of(model))]
+    return [Pace(None, costs_of(model, rows))]
 
 
 @cache
-def best_rhythm(acceptance: float, turns: float, rows: int, costs: DecodingCosts) -> Rhythm:
+def best_rhythm(acceptance: float, turns: float, are_in_step: bool, costs: DecodingCosts) -> Rhythm:
     """The rhythm that brings the most tokens a second.
 
     Args:
         acceptance: The probability that a draft is accepted.
         turns: In which a draft is drawn, on average.
-        rows: That take part in a forward.
-        costs: Of a forward, and of a turn.
+        are_in_step: Whether several rows stand at the same place, which they leave with the first drafts.
+        costs: Of the rows that take part in a forward.
     """
 
     def tokens_a_second(rhythm: Rhythm) -> float:
-        tokens, slots, drafts = rhythm.means(acceptance)
-        # To judge takes about as long as to draw.
-        num_turns = 1 + drafts * turns + (drafts > 0)
-        return tokens / (costs.of_forward(rows * slots) + num_turns * costs.turn)
+        rate = rhythm.means(acceptance)[0] / costs.of_round(rhythm, acceptance, turns, are_in_step)
+        return rate / GAIN_TO_PART if are_in_step and rhythm.length > 1 else rate
 
     return max(RHYTHMS, key=tokens_a_second)

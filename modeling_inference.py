@@ -14,6 +14,9 @@ from .modeling_modulation import folded_modulations
 MAX_DECODED_SLOTS = 64
 """Slots up to which a forward on top of a cache counts as a decoding step."""
 
+MIN_LARGE_WEIGHT = 2**18
+"""Elements from which on a weight is taken to be read from memory, rather than from a core's cache."""
+
 MAX_FEW_ROWS = 128
 """Rows up to which a product is one of few rows: those of the slots of all rows of a batch, or of their masks."""
 
@@ -21,9 +24,8 @@ MAX_FEW_ROWS = 128
 class FewRowLinear(nn.Linear):
     """A linear layer for decoding steps on the CPU.
 
-    A decoding step feeds a few slots. There W x^T reads the weights up to three times as fast as the x W^T of
-    `F.linear` does, in float32, and the more so the larger the layer is. With gradients, elsewhere and in other types
-    it is `nn.Linear`.
+    A decoding step feeds a few slots. There W x^T reads large weights up to three times as fast as the x W^T of
+    `F.linear` does, in float32. With small ones, with gradients, elsewhere and in other types it is `nn.Linear`.
     """
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -31,6 +33,7 @@ class FewRowLinear(nn.Linear):
         weight = self.weight
         is_few_rows = (
             0 < rows <= MAX_FEW_ROWS
+            and weight.numel() >= MIN_LARGE_WEIGHT
             and inputs.dtype == weight.dtype == torch.float32
             and weight.device.type == "cpu"
             and type(weight) is nn.Parameter

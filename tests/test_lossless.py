@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,16 @@ from transformers import LogitsProcessor
 
 from eso_lm import generation_lossless, generation_pace
 from eso_lm.generation_order import plan_generation
-from eso_lm.generation_pace import RHYTHMS, DecodingCosts, Pace, Rhythm, measure_costs
+from eso_lm.generation_pace import (
+    GAIN_TO_PART,
+    RHYTHMS,
+    BatchCosts,
+    DecodingCosts,
+    Pace,
+    Rhythm,
+    best_rhythm,
+    measure_costs,
+)
 
 VOCAB, LENGTH, SAMPLES = 3, 4, 2500
 
@@ -353,58 +363,120 @@ def test_what_a_rhythm_brings(rate, rhythm):
         assert means == pytest.approx([total / (rounds - skipped) for total in (tokens, slots, drafts)], rel=0.02)
 
 
-def costs(of_a_slot: float) -> DecodingCosts:
-    sizes = (2, 8, 32, 128, 512)
-    return DecodingCosts(sizes, tuple(1 + of_a_slot * size for size in sizes), turn=0.01)
+def costs(of_a_slot: float, rows: int = 64) -> BatchCosts:
+    """A forward takes a second, and so much longer for each slot of all rows; to draw takes nothing."""
+    sizes = (0, 64)
+
+    def of_rows(rows: int) -> DecodingCosts:
+        forwards = tuple(1 + of_a_slot * rows * size for size in sizes)
+        return DecodingCosts(1 + of_a_slot * rows * 2, sizes, forwards, drawn=(1, 8), draws=(0.01, 0.01))
+
+    return BatchCosts(of_rows(1), of_rows(rows), rows)
 
 
 def test_the_pace_follows_what_is_accepted_and_what_forwards_cost():
     always, never, fixed = Pace(None, costs(0.02)), Pace(None, costs(0.02)), Pace(5)
     for _ in range(40):
-        drafts = always.rhythm(rows=1).length - 1
+        drafts = always.rhythm(1, are_in_step=False).length - 1
         always.note(drafts, drafts, drafts, 1)
         never.note(2, 0, 1, 1)
         fixed.note(4, 0, 4, 1)
-    assert always.rhythm(rows=1).length >= 16
-    assert never.rhythm(rows=1) == Rhythm(1, 0)
-    assert fixed.rhythm(rows=1) == Rhythm(5, 4)
+    assert always.rhythm(1, are_in_step=False).length >= 16
+    assert never.rhythm(1, are_in_step=False) == Rhythm(1, 0)
+    assert fixed.rhythm(1, are_in_step=False) == Rhythm(5, 4)
     # Half of the drafts: worth it for a row, and not where a forward of many rows takes as long as its slots say.
     half = Pace(None, costs(0.02))
     for _ in range(40):
         half.note(2, 1, 2, 2)
-    assert half.rhythm(rows=1).length > 1
-    assert half.rhythm(rows=64) == Rhythm(1, 0)
+    assert half.rhythm(1, are_in_step=False).length > 1
+    assert half.rhythm(64, are_in_step=False) == Rhythm(1, 0)
+    # To draw in a turn each is worth it for no one where a turn takes as long as a forward.
+    dear = DecodingCosts(1.0, (0, 64), (1.0, 1.1), drawn=(1, 8), draws=(1.0, 1.0))
+    assert best_rhythm(0.75, 0.0, False, dear).length > 4
+    assert best_rhythm(0.75, 1.0, False, dear) == Rhythm(1, 0)
 
 
-def test_costs_between_the_measured_ones():
-    measured = DecodingCosts((2, 8, 16), (1.0, 1.6, 4.0), turn=0.1)
-    for slots, seconds in ((2, 1), (5, 1.3), (8, 1.6), (12, 2.8), (32, 8.8)):
-        assert measured.of_forward(slots) == pytest.approx(seconds)
+def test_rows_part_for_a_clear_gain_only():
+    slow_apart = DecodingCosts(1.0, (0, 64), (1.3, 1.4), drawn=(1,), draws=(0.01,))
+    for rate in (0.25, 0.3, 0.35, 0.4, 0.5, 0.75, 0.9):
+        apart, in_step = (best_rhythm(rate, 1.0, are_in_step, slow_apart) for are_in_step in (False, True))
+        gain = apart.means(rate)[0] / (slow_apart.of_round(apart, rate, 1.0, False) / 1.01)
+        assert apart.length > 1
+        assert in_step == (apart if gain > GAIN_TO_PART else Rhythm(1, 0))
+    assert in_step.length > 1
+
+
+@torch.no_grad()
+def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
+    """What a trial expects to be accepted, against the sum of min(p, q) by plain forwards."""
+    noted, rows = [], 40
+    monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows: costs(1.0))
+    monkeypatch.setattr(Pace, "note", lambda self, *round_: noted.append(round_))
+    monkeypatch.setattr(Pace, "wants_trial", lambda self, are_in_step: are_in_step)
+    settings = {"num_return_sequences": rows, "max_new_tokens": LENGTH, "return_dict_in_generate": True}
+    output = language.generate(lossless=True, alpha_0=0.0, **settings)
+    assert output.num_function_evaluations == LENGTH
+    assert output.drafts_offered.sum() == output.drafts_accepted.sum() == 0
+
+    first = output.sequences[:, :1]
+    exact = language(torch.cat([first, torch.full_like(first, VOCAB)], dim=-1), position_ids=torch.tensor([[0, 1]]))
+    p = exact.logits[:, -1].softmax(dim=-1)
+    drafted = language(torch.tensor([[VOCAB, VOCAB]]), position_ids=torch.tensor([[0, 1]]))
+    logits = drafted.logits[0, 1].repeat(rows, 1)
+    if language.draft_head is not None:
+        neighbours = torch.cat([first, torch.zeros_like(first)], dim=-1)
+        states = drafted.draft_states[:, 1].repeat(rows, 1)
+        logits += language.draft_head(states, neighbours, torch.tensor([[1, 0]]).repeat(rows, 1))
+    assert [offered for offered, *_ in noted] == [0, rows, 0, rows]
+    accepted = noted[1][1]
+    assert accepted == pytest.approx(torch.minimum(p, logits.softmax(dim=-1)).sum().item(), rel=1e-4)
+    assert 0.1 < accepted / rows < 0.999
+
+
+@pytest.mark.parametrize("rhythm", [Rhythm(1, 0), Rhythm(3, 1), Rhythm(4, 0), Rhythm(6, 3)])
+def test_costs_between_the_measured_ones(rhythm):
+    measured = DecodingCosts(0.9, (2, 8, 40), (1.0, 1.6, 4.0), drawn=(1, 8), draws=(0.25, 0.5))
+    _, slots, drafts = rhythm.means(0.5)
+    num_turns = 1 + drafts
+    seconds = numpy.interp(slots, (2, 8, 40), (1.0, 1.6, 4.0)) + num_turns * 0.25
+    if drafts > 0:
+        seconds += 0.25 + (drafts - 1) * 0.25 / 7
+    assert measured.of_round(rhythm, 0.5, 1.0, False) == pytest.approx(seconds)
+    if rhythm.length == 1:
+        assert measured.of_round(rhythm, 0.5, 1.0, True) == pytest.approx(0.9 + 0.25)
+
+
+def test_costs_of_fewer_rows_lie_between():
+    found = costs(0.02, rows=16)
+    for rows in (1, 5, 16):
+        assert found.of_rows(rows).forwards == pytest.approx((1, 1 + 0.02 * rows * 64))
+        assert found.of_rows(rows).in_step == pytest.approx(1 + 0.02 * rows * 2)
 
 
 def test_costs_are_measured_once(monkeypatch):
     model, calls = randomized_model(draft_rank=8), []
 
-    def measured(model):
-        calls.append(model)
-        return costs(0.02)
+    def measured(model, rows):
+        calls.append((model, rows))
+        return costs(0.02).of_rows(rows)
 
     monkeypatch.setattr(generation_pace, "measure_costs", measured)
-    for _ in range(2):
-        model.generate(max_new_tokens=8, lossless=True)
-        model.generate(max_new_tokens=8, lossless=True, draft_length=3)
-    assert calls == [model]
+    for rows in (1, 3, 4):
+        model.generate(max_new_tokens=8, lossless=True, num_return_sequences=rows)
+        model.generate(max_new_tokens=8, lossless=True, num_return_sequences=rows, draft_length=3)
+    assert calls == [(model, 1), (model, 4)]
 
 
+@pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("settings", [{}, {"draft_rank": 8}])
-def test_measured_costs_grow_with_the_slots(settings):
+def test_measured_costs_grow_with_the_slots(settings, rows):
     model = randomized_model(**settings)
     with model.ready_to_decode():
-        found = measure_costs(model)
+        found = measure_costs(model, rows)
     assert found.slots[0] == 2
     assert list(found.forwards) == sorted(found.forwards)
-    assert 0 < found.turn < 1
-    assert found.forwards[0] > 0
+    assert 0 < found.in_step <= found.forwards[0]
+    assert all(0 < seconds < 1 for seconds in found.draws)
 
 
 @pytest.mark.parametrize(
