@@ -26,9 +26,13 @@ GAIN_TO_PART = 1.1
 there is no way back, and apart they decode more slowly."""
 
 SLOTS_MEASURED = (2, 4, 8, 16, 32, 64)
-"""Slots of a row in the forwards that are measured, until one takes `SLOWEST_MEASURED` times as long as the first."""
+"""Slots of a row in the forwards that are measured: two of them at least, and others up to these limits."""
+
+MAX_SLOTS_MEASURED = 512
+"""Slots of all rows."""
 
 SLOWEST_MEASURED = 8
+"""Times that a forward takes as long as the first one."""
 
 MAX_ROWS_MEASURED = 64
 """Rows of these forwards at the most; what more cost is on the line through one row and as many."""
@@ -168,10 +172,10 @@ def measure_costs(model: EsoLM, rows: int) -> DecodingCosts:
     sizes: list[int] = []
     forwards: list[float] = []
     for size in SLOTS_MEASURED:
+        if len(sizes) >= 2 and (rows * size > MAX_SLOTS_MEASURED or forwards[-1] > SLOWEST_MEASURED * forwards[0]):
+            break
         sizes.append(size)
         forwards.append(_seconds(partial(decoder, _feed(model, rows, size, are_in_step=rows == 1)), device))
-        if forwards[-1] > SLOWEST_MEASURED * forwards[0]:
-            break
     # More work takes longer, whatever the noise says.
     forwards = list(accumulate([in_step, *forwards], max))[1:]
     draws = [_seconds(partial(_draw, model, rows * number), device) for number in DRAWS_MEASURED]
@@ -295,6 +299,8 @@ class Pace:
 def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, generator: Generators) -> list[Pace]:
     """One pace for all rows, at the costs of the model where it is; or one for each row with a generator of its own.
 
+    Costs are nominal with generators for each row, and where there are several processes.
+
     Args:
         model: Ready to decode.
         draft_length: As it is set.
@@ -305,7 +311,18 @@ def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, gener
         return [Pace(draft_length)]
     if isinstance(generator, list):
         return [Pace(None, NOMINAL_COSTS) for _ in range(rows)]
+    if _is_one_of_several_processes():
+        # Processes that share a model have to feed it alike, and each would measure something else.
+        return [Pace(None, NOMINAL_COSTS)]
     return [Pace(None, costs_of(model, rows))]
+
+
+def _is_one_of_several_processes() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
 
 
 @cache

@@ -12,7 +12,7 @@ from transformers import CompileConfig
 from eso_lm import DataCollatorForHybridMaskedDiffusion
 from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
 from eso_lm.modeling_eso import EsoModulation
-from eso_lm.modeling_inference import MAX_FEW_ROWS, FewRowLinear, fast_products_of_few_rows
+from eso_lm.modeling_inference import MAX_FEW_ROWS, MIN_LARGE_WEIGHT, FewRowLinear, fast_products_of_few_rows
 
 
 @settings(max_examples=60, deadline=None)
@@ -22,11 +22,12 @@ from eso_lm.modeling_inference import MAX_FEW_ROWS, FewRowLinear, fast_products_
     bias=st.booleans(),
     with_gradients=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    size=st.sampled_from([(24, 40), (MIN_LARGE_WEIGHT // 512, 512)]),
 )
-def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, with_gradients, dtype):
+def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, with_gradients, dtype, size):
     torch.manual_seed(rows)
-    layer = FewRowLinear(24, 40, bias=bias).to(dtype)
-    inputs = torch.randn(batch, rows, 24, dtype=dtype)
+    layer = FewRowLinear(*size, bias=bias).to(dtype)
+    inputs = torch.randn(batch, rows, size[0], dtype=dtype)
     with torch.set_grad_enabled(with_gradients):
         outputs = layer(inputs)
     expected = F.linear(inputs, layer.weight, layer.bias)

@@ -14,6 +14,8 @@ from eso_lm import generation_lossless, generation_pace
 from eso_lm.generation_order import plan_generation
 from eso_lm.generation_pace import (
     GAIN_TO_PART,
+    MAX_SLOTS_MEASURED,
+    NOMINAL_COSTS,
     RHYTHMS,
     BatchCosts,
     DecodingCosts,
@@ -21,6 +23,7 @@ from eso_lm.generation_pace import (
     Rhythm,
     best_rhythm,
     measure_costs,
+    paces_of,
 )
 
 VOCAB, LENGTH, SAMPLES = 3, 4, 2500
@@ -467,13 +470,23 @@ def test_costs_are_measured_once(monkeypatch):
     assert calls == [(model, 1), (model, 4)]
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+def test_several_processes_measure_nothing(monkeypatch):
+    """Each would find something else, and they have to feed a model that they share alike."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    assert paces_of(randomized_model(), "auto", 3, None) == [Pace(None, NOMINAL_COSTS)]
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert paces_of(randomized_model(), "auto", 3, None) != [Pace(None, NOMINAL_COSTS)]
+
+
+@pytest.mark.parametrize("rows", [1, 5, 300])
 @pytest.mark.parametrize("settings", [{}, {"draft_rank": 8}])
 def test_measured_costs_grow_with_the_slots(settings, rows):
     model = randomized_model(**settings)
     with model.ready_to_decode():
         found = measure_costs(model, rows)
-    assert found.slots[0] == 2
+    assert found.slots[:2] == (2, 4)
+    assert all(rows * size <= MAX_SLOTS_MEASURED for size in found.slots[2:])
     assert list(found.forwards) == sorted(found.forwards)
     assert 0 < found.in_step <= found.forwards[0]
     assert all(0 < seconds < 1 for seconds in found.draws)
