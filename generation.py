@@ -30,7 +30,7 @@ from .generation_transformers import (
     require_sampling,
 )
 from .generation_unmasking import ParallelUnmasking
-from .modeling_drafting import EsoDraftHead, require_draft_head
+from .modeling_drafting import EsoDraftHead
 from .validation import require_attention_mask, require_shape, require_token_ids, to_python
 
 
@@ -238,8 +238,12 @@ class EsoGenerationMixin(FittedGenerationMixin):
     def draft_head_for(self, generation_config: EsoGenerationConfig | None) -> EsoDraftHead | None:
         """The draft head, if there is one and it is not switched off."""
         wanted = None if generation_config is None else generation_config.use_draft_head
-        if wanted:
-            return require_draft_head(self)
+        if wanted and self.draft_head is None:
+            raise ValueError(
+                "`use_draft_head=True`, given or of the generation config, asks for a draft head, and the model has "
+                "none: unset it, or load the model with `from_pretrained(..., draft_rank=128)` and train the head "
+                "(examples/train_draft_head.py)."
+            )
         return None if wanted is False else self.draft_head
 
     def _make_decoder(
@@ -252,9 +256,9 @@ class EsoGenerationMixin(FittedGenerationMixin):
         """What runs the forwards, compiled where transformers would compile them."""
         if isinstance(cache, DynamicCache) and canvas.batch > 1 and not strategy.in_lockstep:
             raise ValueError(
-                "`cache_implementation='dynamic'` needs rows that advance together: set `lockstep=True` (and see what "
-                "it costs), or leave `cache_implementation` unset. Prompts of different lengths or numbers of holes, "
-                "adaptive unmasking, `lossless` and a generator for each row always advance apart."
+                "`cache_implementation='dynamic'` needs rows that advance together: leave it unset, or set "
+                "`lockstep=True` (and see what it costs). Rows always advance apart with prompts of different lengths "
+                "or numbers of holes, adaptive unmasking, `lossless`, or a generator for each."
             )
         compiled_forward = None
         if self._valid_auto_compile_criteria({"past_key_values": cache}, generation_config):

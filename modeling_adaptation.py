@@ -23,6 +23,7 @@ class EsoAdaptationMixin(EsoLM):
         model: str | os.PathLike | PreTrainedModel,
         mask_token_id: int | None = None,
         alpha_0: float = 1.0,
+        draft_rank: int | None = None,
         **kwargs: Any,
     ) -> Self:
         """Makes an Eso-LM out of a causal language model, with its weights, body and head.
@@ -36,6 +37,7 @@ class EsoAdaptationMixin(EsoLM):
                 it. Its embedding begins as the mean of all others; so do those of other new ids, if there are some
                 before it, which are tokens like any other.
             alpha_0: That of the config.
+            draft_rank: Rank of a fresh draft head; None: without one.
             kwargs: For `from_pretrained` (`dtype`, `attn_implementation`, `quantization_config`, `device_map`, ...).
 
         Returns:
@@ -61,6 +63,7 @@ class EsoAdaptationMixin(EsoLM):
             backbone_config=_body(causal).config,
             mask_token_id=mask_token_id,
             alpha_0=alpha_0,
+            draft_rank=draft_rank,
             tie_word_embeddings=causal.config.tie_word_embeddings,
             dtype=causal.dtype,
             **special,
@@ -132,6 +135,10 @@ def _hand_over(model: PreTrainedModel, eso: EsoLM) -> None:
     bias = torch.zeros_like(head.weight[:, 0]) if head.bias is None else head.bias
     eso.lm_head.bias = nn.Parameter(bias.detach())
     eso.tie_weights()
+    if eso.draft_head is not None:
+        eso.draft_head.to(model.dtype).to_empty(device=head.weight.device)
+        for module in eso.draft_head.children():
+            eso._init_weights(module)
     for name in ("hf_quantizer", "hf_device_map", "quantization_method"):
         if hasattr(model, name):
             setattr(eso, name, getattr(model, name))

@@ -123,7 +123,8 @@ class EsoDraftHead(nn.Module):
     def prepare(self, states: torch.Tensor, distances: torch.Tensor) -> torch.Tensor:
         """(slots, rank), what does not depend on the tokens, for all turns at once."""
         both = distances[..., 0] * (MAX_DISTANCE + 1) + distances[..., 1]
-        return self.state_proj(states) + self.distance_embedding(both)
+        # The head may be of another type than the body that it is trained for.
+        return self.state_proj(states.to(self.state_proj.weight.dtype)) + self.distance_embedding(both)
 
     def correct(self, prepared: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """(slots, vocab), from what was prepared and the neighbours (slots, 2), the mask where there is none."""

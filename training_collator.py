@@ -107,6 +107,13 @@ class DataCollatorForHybridMaskedDiffusion:
             raise ValueError(f"`loss_type='low_var'` is defined at alpha_0=1 only, got alpha_0={self.alpha_0}.")
         require_positive_integer("pad_to_multiple_of", self.pad_to_multiple_of, or_none=True)
         require_positive_integer("draft_length", self.draft_length, or_none=True)
+        if self.draft_length == 1:
+            raise ValueError("`draft_length` must be at least 2, got 1: a token alone has no others to know.")
+        if self.draft_length is not None and self.config is not None and self.config.draft_rank is None:
+            raise ValueError(
+                f"`draft_length={self.draft_length}` trains a draft head, and the `config` has none: load the model "
+                f"with `draft_rank=128`."
+            )
         if self.seed is not None and not (is_integer(self.seed) and self.seed >= 0):
             raise ValueError(f"`seed` must be None or an integer >= 0, got {self.seed!r}.")
 

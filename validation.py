@@ -70,10 +70,10 @@ def require_shape(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...]
 
 
 def require_token_ids(name: str, token_ids: object, vocab_size: int) -> None:
-    """Raises a ValueError unless `token_ids` is a tensor of shape (batch, tokens) with ids of the vocabulary."""
+    """Raises a ValueError unless `token_ids` is a tensor of shape (batch >= 1, tokens), ids of the vocabulary."""
     if not isinstance(token_ids, torch.Tensor) or token_ids.dim() != 2 or len(token_ids) == 0:
         given = tuple(token_ids.shape) if isinstance(token_ids, torch.Tensor) else type(token_ids).__name__
-        raise ValueError(f"`{name}` must be a tensor of shape (batch, tokens), got {given}.")
+        raise ValueError(f"`{name}` must be a tensor of shape (batch, tokens), of at least one row, got {given}.")
     require_ids_of_vocabulary(name, token_ids, vocab_size)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import backbone_config, random_batch, random_orders, randomized_model, tiny_config
-from transformers import AutoModelForMaskedLM, Trainer, TrainingArguments
+from transformers import AutoModelForMaskedLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from eso_lm import DataCollatorForDraftHead, DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 from eso_lm.generation_decoding import Outputs
@@ -149,7 +149,7 @@ def test_loss_joins_that_of_the_hybrid_objective():
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 12), min_size=1, max_size=4),
-    draft_length=st.integers(1, 9),
+    draft_length=st.integers(2, 9),
     given_tokens=st.integers(0, 6),
     seed=st.integers(0, 9),
 )
@@ -317,9 +317,9 @@ def test_tokens_of_a_parallel_step_know_their_neighbours(sampling):
 
 def test_a_head_that_is_not_there_cannot_be_asked_for():
     model = randomized_model()
-    with pytest.raises(ValueError, match="has no draft head"):
+    with pytest.raises(ValueError, match="`use_draft_head=True`, given or of the generation config, asks for"):
         model.generate(max_new_tokens=4, use_draft_head=True)
-    batch = DataCollatorForDraftHead(config=model.config)([{"input_ids": torch.arange(12)}])
+    batch = DataCollatorForDraftHead(config=tiny_config(draft_rank=2))([{"input_ids": torch.arange(12)}])
     with pytest.raises(ValueError, match="has no draft head"):
         model(**batch)
     with pytest.raises(ValueError, match="`draft_starts` must be slots"):
@@ -331,7 +331,42 @@ def test_a_head_that_is_not_there_cannot_be_asked_for():
     with pytest.raises(ValueError, match="`draft_starts` need `input_ids` and `position_ids`"):
         randomized_model(draft_rank=2)(**{name: batch[name] for name in ("input_ids", "labels", "draft_starts")})
     with pytest.raises(ValueError, match="`draft_length` must be a positive integer"):
-        DataCollatorForDraftHead(config=model.config, draft_length=None)
+        DataCollatorForDraftHead(config=tiny_config(draft_rank=2), draft_length=None)
+    for collator in (DataCollatorForDraftHead, DataCollatorForHybridMaskedDiffusion):
+        with pytest.raises(ValueError, match="`draft_length=8` trains a draft head, and the `config` has none"):
+            collator(config=model.config, draft_length=8)
+        with pytest.raises(ValueError, match="`draft_length` must be at least 2, got 1"):
+            collator(config=tiny_config(draft_rank=2), draft_length=1)
+
+
+def test_a_head_of_another_type_than_the_body():
+    model = randomized_model(draft_rank=RANK, scale=0.05).to(torch.bfloat16)
+    model.draft_head.float()
+    batch = DataCollatorForDraftHead(config=model.config, seed=0)([{"input_ids": torch.arange(12)}])
+    model(**batch).loss.backward()
+    assert model.draft_head.state_proj.weight.grad.dtype == torch.float32
+    assert model.draft_head.vocab_proj.weight.grad.abs().max() > 0
+    for options in ({"lossless": True}, {"num_diffusion_steps": 2, "unmasking_order": "left_to_right"}):
+        assert model.generate(max_new_tokens=9, alpha_0=1.0, **options).shape == (1, 9)
+
+
+def test_a_causal_model_is_taken_over_with_a_head():
+    torch.manual_seed(0)
+    causal = LlamaForCausalLM(backbone_config("llama")).to(torch.bfloat16)
+    model = EsoForMaskedDiffusion.from_causal_lm(causal, draft_rank=RANK)
+    without = EsoForMaskedDiffusion.from_causal_lm(causal)
+    assert without.draft_head is None
+    assert model.config.draft_rank == RANK
+    assert {parameter.dtype for parameter in model.draft_head.parameters()} == {torch.bfloat16}
+    # A fresh head changes nothing, and hears both the states and the tokens.
+    assert not model.draft_head.vocab_proj.weight.any()
+    assert model.draft_head.left_embedding.weight.float().std() == pytest.approx(0.5, rel=0.2)
+    assert 0 < model.draft_head.state_proj.weight.float().std() < 0.1
+    texts = []
+    for one in (model, without):
+        torch.manual_seed(1)
+        texts.append(one.generate(max_new_tokens=9, num_diffusion_steps=2, unmasking_order="left_to_right"))
+    assert torch.equal(*texts)
 
 
 @settings(max_examples=100, deadline=None)
