@@ -231,7 +231,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         head = self.draft_head_for(generation_config)
         if generation_config.lossless:
             draft_length = generation_config.draft_length or "auto"
-            paces = paces_of(self, draft_length, canvas.batch, sampler.generator)
+            paces = paces_of(self, draft_length, canvas.batch, canvas.length, sampler.generator)
             return LosslessUnmasking(canvas, plan, sampler, use_cache, paces, head)
         return ParallelUnmasking(canvas, plan, sampler, use_cache, generation_config, head)
 

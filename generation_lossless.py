@@ -117,8 +117,9 @@ class LosslessUnmasking(DecodingStrategy):
         columns = self.order.gather(1, torch.tensor(padded))
         input_ids = canvas.tokens.gather(1, columns)
         for row, drafts in enumerate(self.drafts):
-            stop = fed[row].num_content
-            input_ids[row, stop - len(drafts) : stop] = torch.tensor(drafts, dtype=torch.long)
+            if drafts:
+                stop = fed[row].num_content
+                input_ids[row, stop - len(drafts) : stop] = torch.tensor(drafts)
         visibility: tuple[torch.Tensor | None, ...] = (None, None)
         if any(self.drafts):
             # Behind the slots of a row, any will do.
@@ -171,8 +172,10 @@ class LosslessUnmasking(DecodingStrategy):
             kept = sum(accepted[row] for row in rows)
             offered = kept + sum(is_refused[row] for row in rows) + len(expected)
             drafted = max(len(self.drafts[row]) for row in rows)
-            pace.note(offered, kept + sum(expected), drafted, turns)
+            pace.note(offered, kept + sum(expected), drafted, turns, is_trial=len(expected) > 0)
         decisions += drawn
+        if len(decisions) == 1:
+            return decisions[0]
         return Decisions(
             rows=[row for decision in decisions for row in decision.rows],
             columns=[column for decision in decisions for column in decision.columns],

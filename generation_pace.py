@@ -21,9 +21,17 @@ MAX_MASKS = 64
 MASKS_BEHIND_DRAFTS = 24
 """With a fixed draft length, the masks of a row that are ready to draft on where a draft may be refused."""
 
-GAIN_TO_PART = 1.1
-"""How many times the tokens a second drafts have to bring before rows that stand at the same place leave it for them:
-there is no way back, and apart they decode more slowly."""
+NUM_TRIALS = 4
+"""Of rows that stand at the same place: the forwards in which drafts are tried before it is clear what they bring."""
+
+
+def gain_to_part(num_trials: int) -> float:
+    """How many times the tokens a second drafts have to bring before rows leave the place where they all stand.
+
+    There is no way back, and apart they decode more slowly; the first trials, at the start of a text, may mislead.
+    """
+    return 1.1 + 0.4 / max(num_trials, 1)
+
 
 SLOTS_MEASURED = (2, 4, 8, 16, 32, 64)
 """Slots of a row in the forwards that are measured: two of them at least, and others up to these limits."""
@@ -33,6 +41,9 @@ MAX_SLOTS_MEASURED = 512
 
 SLOWEST_MEASURED = 8
 """Times that a forward takes as long as the first one."""
+
+MAX_CACHED_MEASURED = 2048
+"""Slots of all rows that are taken to be cached in these forwards, at the most."""
 
 MAX_ROWS_MEASURED = 64
 """Rows of these forwards at the most; what more cost is on the line through one row and as many."""
@@ -163,35 +174,42 @@ NOMINAL_COSTS = BatchCosts(_NOMINAL, _NOMINAL, rows=1)
 
 
 @torch.no_grad()
-def measure_costs(model: EsoLM, rows: int) -> DecodingCosts:
-    """Measures a model that is ready to decode, in some twenty forwards of as many rows as are to be decoded."""
+def measure_costs(model: EsoLM, rows: int, num_cached: int) -> DecodingCosts:
+    """Measures a model that is ready to decode, in some twenty forwards.
+
+    Args:
+        model: With its draft head, if it has one.
+        rows: As many as are to be decoded.
+        num_cached: Slots of each row that are cached.
+    """
     device = model.device
-    decoder = Decoder(model, PreallocatedCache(model.config.num_hidden_layers, 2 + max(SLOTS_MEASURED)))
+    cache = PreallocatedCache(model.config.num_hidden_layers, num_cached + max(SLOTS_MEASURED) + 2)
+    decoder, feed = Decoder(model, cache), partial(_feed, model, rows, num_cached)
     # Rows in step come first: they allocate the cache.
-    in_step = _seconds(partial(decoder, _feed(model, rows, 2, are_in_step=True)), device)
+    in_step = _seconds(partial(decoder, feed(2, are_in_step=True)), device)
     sizes: list[int] = []
     forwards: list[float] = []
     for size in SLOTS_MEASURED:
         if len(sizes) >= 2 and (rows * size > MAX_SLOTS_MEASURED or forwards[-1] > SLOWEST_MEASURED * forwards[0]):
             break
         sizes.append(size)
-        forwards.append(_seconds(partial(decoder, _feed(model, rows, size, are_in_step=rows == 1)), device))
+        forwards.append(_seconds(partial(decoder, feed(size, are_in_step=rows == 1)), device))
     # More work takes longer, whatever the noise says.
     forwards = list(accumulate([in_step, *forwards], max))[1:]
     draws = [_seconds(partial(_draw, model, rows * number), device) for number in DRAWS_MEASURED]
     return DecodingCosts(in_step, tuple(sizes), tuple(forwards), DRAWS_MEASURED, tuple(draws))
 
 
-def _feed(model: EsoLM, rows: int, size: int, are_in_step: bool) -> Feed:
+def _feed(model: EsoLM, rows: int, num_cached: int, size: int, are_in_step: bool) -> Feed:
     """What rows feed, `size` slots each: a token and a mask; or more of both, of rows apart give or take one."""
     has_drafts = size > 2
     num_fed = [size + (has_drafts and not are_in_step) * (row % 3 - 1) for row in range(rows)]
     own = torch.arange(max(num_fed)).expand(rows, -1)
     num_tokens = max(size // 4, 1)
     return Feed(
-        starts=[0 if are_in_step else row % 2 for row in range(rows)],
+        starts=[num_cached + (not are_in_step) * (row % 2) for row in range(rows)],
         input_ids=torch.zeros_like(own),
-        position_ids=own % (model.max_text_length or size),
+        position_ids=(num_cached + own) % (model.max_text_length or num_cached + size + 2),
         num_fed=num_fed,
         kept=[range(num_tokens, fed) for fed in num_fed],
         horizon=(own + 1).clamp(max=num_tokens) if has_drafts else None,
@@ -226,15 +244,19 @@ def _seconds(function: Callable[[], object], device: torch.device, repeats: int 
     return min(times[1:])
 
 
-def costs_of(model: EsoLM, rows: int) -> BatchCosts:
-    """The costs of a model where it is, measured once for one row, and once for the power of two above `rows`."""
+def costs_of(model: EsoLM, rows: int, length: int) -> BatchCosts:
+    """The costs of a model where it is, in the midst of a text of so many tokens.
+
+    They are measured once for a row, and for as many rows, up to the next power of two of rows and tokens.
+    """
     where = (model.device, model.dtype, model.model.config._attn_implementation, torch.get_num_threads())
     known: dict[tuple, DecodingCosts] = model.__dict__.setdefault("_decoding_costs", {})
     rows = min(1 << (rows - 1).bit_length(), MAX_ROWS_MEASURED)
+    num_cached = min((1 << (length - 1).bit_length()) // 2, MAX_CACHED_MEASURED // rows)
     for number in (1, rows):
-        if (*where, number) not in known:
-            known[*where, number] = measure_costs(model, number)
-    return BatchCosts(known[*where, 1], known[*where, rows], rows)
+        if (*where, number, num_cached) not in known:
+            known[*where, number, num_cached] = measure_costs(model, number, num_cached)
+    return BatchCosts(known[*where, 1, num_cached], known[*where, rows, num_cached], rows)
 
 
 @dataclass
@@ -257,12 +279,13 @@ class Pace:
     judged: float = field(default=0.0, init=False)
     turns: float = field(default=0.0, init=False)
     drafts: float = field(default=0.0, init=False)
+    num_trials: int = field(default=0, init=False)
 
     hope, discount, slow_discount = 0.85, 0.95, 0.98
 
     def wants_trial(self, are_in_step: bool) -> bool:
         """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them."""
-        return self.draft_length is None and are_in_step and self.judged < 1
+        return self.draft_length is None and are_in_step and (self.judged < 1 or self.num_trials < NUM_TRIALS)
 
     def rhythm(self, rows: int, are_in_step: bool) -> Rhythm:
         """That of the next forward.
@@ -275,12 +298,14 @@ class Pace:
             return fixed_rhythm(self.draft_length)
         assert self.costs is not None
         # What has been seen counts for more the more it is. Before, most drafts are taken to be accepted, for who does
-        # not try them never learns better; and each to take a turn.
-        acceptance = round(32 * (self.accepted + self.hope) / (self.judged + 1)) / 32
+        # not try them never learns better (which rows in step do on trial); and each to take a turn.
+        hopes = 0 if are_in_step and self.judged > 0 else 1
+        acceptance = round(32 * (self.accepted + hopes * self.hope) / (self.judged + hopes)) / 32
         turns = round((self.turns + 1) / (self.drafts + 1), 1)
-        return best_rhythm(acceptance, turns, are_in_step, self.costs.of_rows(rows))
+        to_part = gain_to_part(self.num_trials) if are_in_step else None
+        return best_rhythm(acceptance, turns, to_part, self.costs.of_rows(rows))
 
-    def note(self, offered: int, accepted: float, drawn: int, turns: int) -> None:
+    def note(self, offered: int, accepted: float, drawn: int, turns: int, is_trial: bool = False) -> None:
         """Takes note of a round.
 
         Args:
@@ -288,15 +313,19 @@ class Pace:
                 that would be, on average.
             drawn, turns: New drafts, of the row that has the most, and the turns that it took to draw them, if any,
                 and the token before them.
+            is_trial: Whether the drafts were on trial.
         """
         discount = self.discount if offered > 0 else self.slow_discount
         self.accepted = discount * self.accepted + accepted
         self.judged = discount * self.judged + offered
         self.turns = discount * self.turns + max(turns - 1, 0)
         self.drafts = discount * self.drafts + drawn
+        self.num_trials += is_trial
 
 
-def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, generator: Generators) -> list[Pace]:
+def paces_of(
+    model: EsoLM, draft_length: int | Literal["auto"], rows: int, length: int, generator: Generators
+) -> list[Pace]:
     """One pace for all rows, at the costs of the model where it is; or one for each row with a generator of its own.
 
     Costs are nominal with generators for each row, and where there are several processes.
@@ -305,6 +334,7 @@ def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, gener
         model: Ready to decode.
         draft_length: As it is set.
         rows: Of the batch.
+        length: Tokens of the longest text.
         generator: As for `generate`.
     """
     if draft_length != "auto":
@@ -314,7 +344,7 @@ def paces_of(model: EsoLM, draft_length: int | Literal["auto"], rows: int, gener
     if _is_one_of_several_processes():
         # Processes that share a model have to feed it alike, and each would measure something else.
         return [Pace(None, NOMINAL_COSTS)]
-    return [Pace(None, costs_of(model, rows))]
+    return [Pace(None, costs_of(model, rows, length))]
 
 
 def _is_one_of_several_processes() -> bool:
@@ -326,18 +356,19 @@ def _is_one_of_several_processes() -> bool:
 
 
 @cache
-def best_rhythm(acceptance: float, turns: float, are_in_step: bool, costs: DecodingCosts) -> Rhythm:
+def best_rhythm(acceptance: float, turns: float, to_part: float | None, costs: DecodingCosts) -> Rhythm:
     """The rhythm that brings the most tokens a second.
 
     Args:
         acceptance: The probability that a draft is accepted.
         turns: In which a draft is drawn, on average.
-        are_in_step: Whether several rows stand at the same place, which they leave with the first drafts.
+        to_part: Where several rows stand at the same place, which they leave with the first drafts: by what factor
+            these have to bring more. None: they do not.
         costs: Of the rows that take part in a forward.
     """
 
     def tokens_a_second(rhythm: Rhythm) -> float:
-        rate = rhythm.means(acceptance)[0] / costs.of_round(rhythm, acceptance, turns, are_in_step)
-        return rate / GAIN_TO_PART if are_in_step and rhythm.length > 1 else rate
+        rate = rhythm.means(acceptance)[0] / costs.of_round(rhythm, acceptance, turns, to_part is not None)
+        return rate / to_part if to_part is not None and rhythm.length > 1 else rate
 
     return max(RHYTHMS, key=tokens_a_second)

@@ -13,7 +13,6 @@ from transformers import LogitsProcessor
 from eso_lm import generation_lossless, generation_pace
 from eso_lm.generation_order import plan_generation
 from eso_lm.generation_pace import (
-    GAIN_TO_PART,
     MAX_SLOTS_MEASURED,
     NOMINAL_COSTS,
     RHYTHMS,
@@ -395,26 +394,34 @@ def test_the_pace_follows_what_is_accepted_and_what_forwards_cost():
     assert half.rhythm(64, are_in_step=False) == Rhythm(1, 0)
     # To draw in a turn each is worth it for no one where a turn takes as long as a forward.
     dear = DecodingCosts(1.0, (0, 64), (1.0, 1.1), drawn=(1, 8), draws=(1.0, 1.0))
-    assert best_rhythm(0.75, 0.0, False, dear).length > 4
-    assert best_rhythm(0.75, 1.0, False, dear) == Rhythm(1, 0)
+    assert best_rhythm(0.75, 0.0, None, dear).length > 4
+    assert best_rhythm(0.75, 1.0, None, dear) == Rhythm(1, 0)
 
 
 def test_rows_part_for_a_clear_gain_only():
     slow_apart = DecodingCosts(1.0, (0, 64), (1.3, 1.4), drawn=(1,), draws=(0.01,))
     for rate in (0.25, 0.3, 0.35, 0.4, 0.5, 0.75, 0.9):
-        apart, in_step = (best_rhythm(rate, 1.0, are_in_step, slow_apart) for are_in_step in (False, True))
+        apart, in_step = (best_rhythm(rate, 1.0, to_part, slow_apart) for to_part in (None, 1.2))
         gain = apart.means(rate)[0] / (slow_apart.of_round(apart, rate, 1.0, False) / 1.01)
         assert apart.length > 1
-        assert in_step == (apart if gain > GAIN_TO_PART else Rhythm(1, 0))
+        assert in_step == (apart if gain > 1.2 else Rhythm(1, 0))
     assert in_step.length > 1
+    # What the first trial promises has to be more than what several do.
+    pace = Pace(None, costs(0.02))
+    lengths = []
+    for _ in range(4):
+        pace.note(10, 7.5, 1, 1, is_trial=True)
+        lengths.append(pace.rhythm(8, are_in_step=True).length)
+    assert lengths[0] == 1 < lengths[-1]
+    assert not pace.wants_trial(are_in_step=True)
 
 
 @torch.no_grad()
 def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
     """What a trial expects to be accepted, against the sum of min(p, q) by plain forwards."""
     noted, rows = [], 40
-    monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows: costs(1.0))
-    monkeypatch.setattr(Pace, "note", lambda self, *round_: noted.append(round_))
+    monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: costs(1.0))
+    monkeypatch.setattr(Pace, "note", lambda self, *round_, is_trial: noted.append(round_))
     monkeypatch.setattr(Pace, "wants_trial", lambda self, are_in_step: are_in_step)
     settings = {"num_return_sequences": rows, "max_new_tokens": LENGTH, "return_dict_in_generate": True}
     output = language.generate(lossless=True, alpha_0=0.0, **settings)
@@ -459,24 +466,26 @@ def test_costs_of_fewer_rows_lie_between():
 def test_costs_are_measured_once(monkeypatch):
     model, calls = randomized_model(draft_rank=8), []
 
-    def measured(model, rows):
-        calls.append((model, rows))
+    def measured(model, rows, num_cached):
+        calls.append((model, rows, num_cached))
         return costs(0.02).of_rows(rows)
 
     monkeypatch.setattr(generation_pace, "measure_costs", measured)
     for rows in (1, 3, 4):
         model.generate(max_new_tokens=8, lossless=True, num_return_sequences=rows)
         model.generate(max_new_tokens=8, lossless=True, num_return_sequences=rows, draft_length=3)
-    assert calls == [(model, 1), (model, 4)]
+    assert calls == [(model, 1, 4), (model, 4, 4)]
+    model.generate(max_new_tokens=9, lossless=True, num_return_sequences=4)
+    assert calls[2:] == [(model, 1, 8), (model, 4, 8)]
 
 
 def test_several_processes_measure_nothing(monkeypatch):
     """Each would find something else, and they have to feed a model that they share alike."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert paces_of(randomized_model(), "auto", 3, None) == [Pace(None, NOMINAL_COSTS)]
+    assert paces_of(randomized_model(), "auto", 3, 9, None) == [Pace(None, NOMINAL_COSTS)]
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert paces_of(randomized_model(), "auto", 3, None) != [Pace(None, NOMINAL_COSTS)]
+    assert paces_of(randomized_model(), "auto", 3, 9, None) != [Pace(None, NOMINAL_COSTS)]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
@@ -484,7 +493,7 @@ def test_several_processes_measure_nothing(monkeypatch):
 def test_measured_costs_grow_with_the_slots(settings, rows):
     model = randomized_model(**settings)
     with model.ready_to_decode():
-        found = measure_costs(model, rows)
+        found = measure_costs(model, rows, 6)
     assert found.slots[:2] == (2, 4)
     assert all(rows * size <= MAX_SLOTS_MEASURED for size in found.slots[2:])
     assert list(found.forwards) == sorted(found.forwards)
