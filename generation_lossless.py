@@ -95,8 +95,10 @@ class LosslessUnmasking(DecodingStrategy):
             num_drafts, decided, cached = len(self.drafts[row]), self.decided[row], self.cached[row]
             content = range(cached, decided + num_drafts)
             slots, horizon, first = [*content], [*range(1, len(content) + 1)], [*range(len(content))]
+            rhythm = rhythms[row]
+            longest_before = 1 + rhythm.behind_refusal(num_drafts)
             for end in range(num_drafts + 1):
-                longest = rhythms[row].length if end == num_drafts else 1 + rhythms[row].redraft
+                longest = rhythm.length if end == num_drafts else longest_before
                 start = decided + end
                 width = min(longest, self.ends[row] - start)
                 first += [len(slots)] * width

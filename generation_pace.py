@@ -69,6 +69,11 @@ class Rhythm:
         """Masks of a row, when a whole draft is judged."""
         return (self.length - 1) * (1 + self.redraft) + self.length
 
+    def behind_refusal(self, num_drafts: int) -> int:
+        """Drafts behind each place where one of so many may be refused: fewer, if another rhythm has left many."""
+        room = max(MAX_MASKS, self.most_masks) - self.length
+        return max(min(self.redraft, room // max(num_drafts, 1) - 1), 0)
+
     def means(self, acceptance: float) -> tuple[float, float, float]:
         """Of a round of a row, the mean tokens, slots and drafts, if each draft is accepted with this probability.
 

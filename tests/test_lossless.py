@@ -11,8 +11,10 @@ from tiny_models import random_batch, randomized_model
 from transformers import LogitsProcessor
 
 from eso_lm import generation_lossless, generation_pace
+from eso_lm.generation_lossless import LosslessUnmasking
 from eso_lm.generation_order import plan_generation
 from eso_lm.generation_pace import (
+    MAX_MASKS,
     MAX_SLOTS_MEASURED,
     NOMINAL_COSTS,
     RHYTHMS,
@@ -414,6 +416,34 @@ def test_rows_part_for_a_clear_gain_only():
         lengths.append(pace.rhythm(8, are_in_step=True).length)
     assert lengths[0] == 1 < lengths[-1]
     assert not pace.wants_trial(are_in_step=True)
+
+
+@pytest.mark.parametrize("settings", [{}, {"draft_rank": 8}])
+def test_the_rhythm_may_change_from_any_to_any(settings, monkeypatch):
+    """A cache has room for `MAX_MASKS`, however many drafts the rhythm before has left."""
+    model = randomized_model(**settings)
+    rhythms = itertools.cycle([Rhythm(32, 0), max(RHYTHMS, key=lambda rhythm: rhythm.redraft), Rhythm(6, 5)])
+    monkeypatch.setattr(Pace, "rhythm", lambda self, rows, are_in_step: next(rhythms))
+    feeds, decide = [], LosslessUnmasking.decide
+
+    def watched(self, outputs, step):
+        feeds.append(max(sum(widths) for widths in self.widths))
+        return decide(self, outputs, step)
+
+    monkeypatch.setattr(LosslessUnmasking, "decide", watched)
+    monkeypatch.setattr(generation_lossless, "accepts", lambda p, q, uniform: torch.ones_like(uniform).bool())
+    text = model.generate(max_new_tokens=120, lossless=True, eos_token_id=None)
+    assert text.shape == (1, 120)
+    assert 32 < max(feeds) <= MAX_MASKS
+
+
+@given(before=st.sampled_from(RHYTHMS), rhythm=st.sampled_from(RHYTHMS))
+def test_no_more_masks_than_there_is_room_for(before, rhythm):
+    for num_drafts in range(before.length):
+        behind = rhythm.behind_refusal(num_drafts)
+        assert num_drafts * (1 + behind) + rhythm.length <= MAX_MASKS
+        if num_drafts < rhythm.length:
+            assert behind == rhythm.redraft
 
 
 @torch.no_grad()
