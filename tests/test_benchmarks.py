@@ -92,8 +92,9 @@ def test_lossless_at_toy_size(tmp_path):
     assert len(rows) == 8
     for row in rows:
         assert 1 <= row["tokens_per_forward"] <= 12
-        assert 0 < row["accepted"] <= 1
+        assert 0 <= row["accepted"] <= 1
         assert row["speedup"] > 0
+    assert any(row["accepted"] > 0 for row in rows)  # "auto" may find that drafts do not pay
     assert (tmp_path / "lossless.md").read_text().count("\n") == 12
     assert (tmp_path / "lossless.png").stat().st_size > 5000
 
