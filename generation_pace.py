@@ -24,15 +24,6 @@ MASKS_BEHIND_DRAFTS = 24
 NUM_TRIALS = 4
 """Of rows that stand at the same place: the forwards in which drafts are tried before it is clear what they bring."""
 
-
-def gain_to_part(num_trials: int) -> float:
-    """How many times the tokens a second drafts have to bring before rows leave the place where they all stand.
-
-    There is no way back, and apart they decode more slowly; the first trials, at the start of a text, may mislead.
-    """
-    return 1.1 + 0.4 / max(num_trials, 1)
-
-
 SLOTS_MEASURED = (2, 4, 8, 16, 32, 64)
 """Slots of a row in the forwards that are measured: two of them at least, and others up to these limits."""
 
@@ -128,7 +119,7 @@ class DecodingCosts:
     drawn: tuple[int, ...]
     draws: tuple[float, ...]
 
-    def of_round(self, rhythm: "Rhythm", acceptance: float, turns: float, are_in_step: bool) -> float:
+    def of_round(self, rhythm: Rhythm, acceptance: float, turns: float, are_in_step: bool) -> float:
         """The mean time of a round: a forward, the turns of drawing, and one more in which drafts are judged."""
         _, slots, drafts = rhythm.means(acceptance)
         if drafts == 0 and are_in_step:
@@ -358,6 +349,14 @@ def _is_one_of_several_processes() -> bool:
         and torch.distributed.is_initialized()
         and torch.distributed.get_world_size() > 1
     )
+
+
+def gain_to_part(num_trials: int) -> float:
+    """How many times the tokens a second drafts have to bring before rows leave the place where they all stand.
+
+    There is no way back, and apart they decode more slowly; the first trials, at the start of a text, may mislead.
+    """
+    return 1.1 + 0.4 / max(num_trials, 1)
 
 
 @cache
