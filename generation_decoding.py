@@ -170,7 +170,7 @@ class Decoder:
             num_slots = max(_next_power_of_two(num_slots), 2 * _next_power_of_two(_most_kept(feed)))
         own = torch.arange(num_slots).expand(batch, num_slots)
         own = own.minimum(torch.tensor(feed.num_fed)[:, None] - 1).clamp(min=0)
-        # Rows that are done, and feed nothing, write over a slot that no other will see.
+        # Rows that feed nothing write their last cached slot once more, as it was.
         starts = torch.tensor(feed.starts)[:, None] - (torch.tensor(feed.num_fed)[:, None] == 0).long()
         starts = starts.clamp(min=0)
         num_keys = max(start + fed for start, fed in zip(feed.starts, feed.num_fed, strict=True))

@@ -84,11 +84,11 @@ class LosslessUnmasking(DecodingStrategy):
         is_idle = canvas.idle_rows(in_lockstep=False)
         if self.is_trial:
             self.tried, self.drafts = [*self.proposals], [[] for _ in range(canvas.batch)]
-        rhythms = self._choose_rhythms([row for row in range(canvas.batch) if not is_idle[row]])
+        rhythms, limits = self._choose_rhythms([row for row in range(canvas.batch) if not is_idle[row]])
         num_masks = 0
         for row in range(canvas.batch):
             self.widths[row] = []
-            if is_idle[row]:
+            if row not in rhythms:
                 self.drafts[row] = []
                 fed.append(_Fed([], [], [], 0))
                 continue
@@ -100,7 +100,7 @@ class LosslessUnmasking(DecodingStrategy):
             for end in range(num_drafts + 1):
                 longest = rhythm.length if end == num_drafts else longest_before
                 start = decided + end
-                width = min(longest, self.ends[row] - start)
+                width = min(longest, limits[row] - start)
                 first += [len(slots)] * width
                 horizon += [start - cached] * width
                 slots += range(start, start + width)
@@ -139,17 +139,50 @@ class LosslessUnmasking(DecodingStrategy):
             first_mask=visibility[1],
         )
 
-    def _choose_rhythms(self, active: list[int]) -> dict[int, Rhythm]:
-        """Of each row that takes part in the next forward."""
+    def _choose_rhythms(self, active: list[int]) -> tuple[dict[int, Rhythm], list[int]]:
+        """Of each row that takes part in the next forward; and up to which slot each may draft.
+
+        Rows in step are faster than rows apart. So where one token a forward is best, those ahead wait, if there is a
+        place where all can meet, while those behind draft what pays for a few.
+        """
         rhythms: dict[int, Rhythm] = {}
+        limits = list(self.ends)
         for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
             taking_part = [row for row in active if row in rows]
             are_in_step = len(taking_part) > 1 and len({self.decided[row] for row in taking_part}) == 1
             # Rows with a pace each are never in step.
             self.is_trial = not self.tried and pace.wants_trial(are_in_step)
-            rhythm = TRIAL if self.is_trial else pace.rhythm(len(taking_part), are_in_step)
+            if self.is_trial:
+                rhythms |= dict.fromkeys(taking_part, TRIAL)
+                continue
+            # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.
+            meeting_place = self._meeting_place(taking_part) if pace.draft_length is None else None
+            rhythm = pace.rhythm(len(taking_part), are_in_step, can_meet=meeting_place is not None)
+            if rhythm.length == 1 and meeting_place is not None and not self._has_drafts_behind(meeting_place):
+                taking_part = [row for row in taking_part if self.decided[row] < meeting_place]
+                rhythm = pace.rhythm(len(taking_part))
+                for row in taking_part:
+                    limits[row] = min(limits[row], meeting_place)
             rhythms |= dict.fromkeys(taking_part, rhythm)
-        return rhythms
+        return rhythms, limits
+
+    def _meeting_place(self, rows: list[int]) -> int | None:
+        """The slot at which rows apart can stand in step: where those ahead are.
+
+        None where to wait for the others would take more forwards, of a token each, than to go on apart.
+        """
+        if len({self.decided[row] for row in rows}) < 2:
+            return None
+        place = max(self.decided[row] for row in rows)
+        left_apart = max(self.ends[row] - self.decided[row] for row in rows)
+        left_behind = max(min(place, self.ends[row]) - self.decided[row] for row in rows)
+        left_in_step = max(self.ends[row] - place for row in rows)
+        return place if left_behind + left_in_step <= left_apart else None
+
+    def _has_drafts_behind(self, place: int) -> bool:
+        return any(
+            decided + len(drafts) > place for decided, drafts in zip(self.decided, self.drafts, strict=True) if drafts
+        )
 
     def statistics(self) -> dict[str, list[int]]:
         return {

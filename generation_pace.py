@@ -283,12 +283,13 @@ class Pace:
         """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them."""
         return self.draft_length is None and are_in_step and (self.judged < 1 or self.num_trials < NUM_TRIALS)
 
-    def rhythm(self, rows: int, are_in_step: bool) -> Rhythm:
+    def rhythm(self, rows: int, are_in_step: bool = False, can_meet: bool = False) -> Rhythm:
         """That of the next forward.
 
         Args:
             rows: That take part in it.
             are_in_step: Whether they are several, and stand at the same place.
+            can_meet: Whether they are apart, and can meet at a place where they will be in step.
         """
         if self.draft_length is not None:
             return fixed_rhythm(self.draft_length)
@@ -298,7 +299,7 @@ class Pace:
         hopes = 0 if are_in_step and self.judged > 0 else 1
         acceptance = round(32 * (self.accepted + hopes * self.hope) / (self.judged + hopes)) / 32
         turns = round((self.turns + 1) / (self.drafts + 1), 1)
-        to_part = gain_to_part(self.num_trials) if are_in_step else None
+        to_part = gain_to_part(self.num_trials) if are_in_step else 1.0 if can_meet else None
         return best_rhythm(acceptance, turns, to_part, self.costs.of_rows(rows))
 
     def note(self, offered: int, accepted: float, drawn: int, turns: int, is_trial: bool = False) -> None:
@@ -354,7 +355,7 @@ def _is_one_of_several_processes() -> bool:
 def gain_to_part(num_trials: int) -> float:
     """How many times the tokens a second drafts have to bring before rows leave the place where they all stand.
 
-    There is no way back, and apart they decode more slowly; the first trials, at the start of a text, may mislead.
+    The way back takes time, and the first trials, at the start of a text, may mislead.
     """
     return 1.1 + 0.4 / max(num_trials, 1)
 
@@ -366,8 +367,8 @@ def best_rhythm(acceptance: float, turns: float, to_part: float | None, costs: D
     Args:
         acceptance: The probability that a draft is accepted.
         turns: In which a draft is drawn, on average.
-        to_part: Where several rows stand at the same place, which they leave with the first drafts: by what factor
-            these have to bring more. None: they do not.
+        to_part: Where several rows can be in step, which they are not with drafts: by what factor these have to bring
+            more. None: they cannot.
         costs: Of the rows that take part in a forward.
     """
 

@@ -1,6 +1,7 @@
 """Lossless decoding draws what one-token sampling would draw: counted, against probabilities worked out one by one."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -407,6 +408,8 @@ def test_rows_part_for_a_clear_gain_only():
         gain = apart.means(rate)[0] / (slow_apart.of_round(apart, rate, 1.0, False) / 1.01)
         assert apart.length > 1
         assert in_step == (apart if gain > 1.2 else Rhythm(1, 0))
+        can_meet = best_rhythm(rate, 1.0, 1.0, slow_apart)
+        assert can_meet == (apart if gain > 1 else Rhythm(1, 0))
     assert in_step.length > 1
     # What the first trial promises has to be more than what several do.
     pace = Pace(None, costs(0.02))
@@ -423,7 +426,7 @@ def test_the_rhythm_may_change_from_any_to_any(settings, monkeypatch):
     """A cache has room for `MAX_MASKS`, however many drafts the rhythm before has left."""
     model = randomized_model(**settings)
     rhythms = itertools.cycle([Rhythm(32, 0), max(RHYTHMS, key=lambda rhythm: rhythm.redraft), Rhythm(6, 5)])
-    monkeypatch.setattr(Pace, "rhythm", lambda self, rows, are_in_step: next(rhythms))
+    monkeypatch.setattr(Pace, "rhythm", lambda self, rows, are_in_step, can_meet: next(rhythms))
     feeds, decide = [], LosslessUnmasking.decide
 
     def watched(self, outputs, step):
@@ -471,6 +474,86 @@ def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
     accepted = noted[1][1]
     assert accepted == pytest.approx(torch.minimum(p, logits.softmax(dim=-1)).sum().item(), rel=1e-4)
     assert 0.1 < accepted / rows < 0.999
+
+
+@pytest.fixture
+def drafts_at_first(monkeypatch):
+    """Drafts in the first two rounds, so that rows part; then none, but of fewer rows than were asked first."""
+    all_rows = []
+
+    def rhythm(self, rows, are_in_step=False, can_meet=False):
+        all_rows.append(rows)
+        return Rhythm(3, 1) if len(all_rows) <= 2 or rows < all_rows[0] else Rhythm(1, 0)
+
+    monkeypatch.setattr(Pace, "wants_trial", lambda self, are_in_step: False)
+    monkeypatch.setattr(Pace, "rhythm", rhythm)
+    monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: NOMINAL_COSTS)
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}])
+@pytest.mark.parametrize("draft_rank", [None, 8])
+def test_rows_ahead_wait_for_those_behind(attention, cache, draft_rank, monkeypatch, drafts_at_first):
+    model, rows, length, feeds = randomized_model(attention, draft_rank=draft_rank), 6, 24, []
+    next_feed = LosslessUnmasking.next_feed
+
+    def watched(self):
+        before = list(self.decided), [len(drafts) for drafts in self.drafts]
+        feed = next_feed(self)
+        feeds.append((*before, feed.num_fed))
+        return feed
+
+    monkeypatch.setattr(LosslessUnmasking, "next_feed", watched)
+    torch.manual_seed(0)
+    settings = {"num_return_sequences": rows, "max_new_tokens": length, "eos_token_id": None, "alpha_0": 0.5}
+    output = model.generate(lossless=True, draft_length="auto", return_dict_in_generate=True, **settings, **cache)
+    meeting = next(number for number, (_, drafts, _) in enumerate(feeds) if number > 1 and not any(drafts))
+    place = max(feeds[meeting][0])
+    assert len(set(feeds[meeting][0])) > 1
+    num_met = 0
+    for decided, drafts, num_fed in feeds[meeting:]:
+        if len(set(decided)) > 1:
+            assert num_met == 0
+            for row in range(rows):
+                assert (num_fed[row] == 0) == (decided[row] == place)
+                assert decided[row] + drafts[row] <= place
+        else:
+            assert not any(drafts)
+            # Of a draft that ended at the place and was kept, all is cached already.
+            assert num_fed == [2] * rows or num_met == 0
+            num_met += 1
+    assert num_met > 1
+    assert len(feeds) == output.num_function_evaluations <= length
+    exact = model.log_likelihood(output.sequences, orders=output.orders[:, None]).log_likelihood
+    torch.testing.assert_close(output.log_probs.sum(dim=-1), exact, atol=1e-3, rtol=0)
+
+
+def test_rows_that_wait_are_of_the_exact_distribution(language, drafts_at_first):
+    exact = one_token_probabilities(language, [0, 1, 2, 3])
+    assert abs(chi_square(draw(language, "auto", unmasking_order="left_to_right"), exact)) < 4
+
+
+@given(rows=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 12)), min_size=2, max_size=5))
+def test_rows_meet_where_that_takes_no_more_forwards(rows):
+    """Against both ways, followed forward by forward."""
+    decided = [start for start, _ in rows]
+    ends = [start + left for start, left in rows]
+    place = LosslessUnmasking._meeting_place(SimpleNamespace(decided=decided, ends=ends), range(len(rows)))
+    ahead = max(decided)
+
+    def num_forwards(waits: bool) -> int:
+        at, number = list(decided), 0
+        while any(slot < end for slot, end in zip(at, ends, strict=True)):
+            number += 1
+            taking_part = [row for row, end in enumerate(ends) if at[row] < end]
+            behind = [row for row in taking_part if at[row] < ahead]
+            for row in behind if waits and behind else taking_part:
+                at[row] += 1
+        return number
+
+    if len(set(decided)) == 1:
+        assert place is None
+    else:
+        assert place == (ahead if num_forwards(waits=True) <= num_forwards(waits=False) else None)
 
 
 @pytest.mark.parametrize("rhythm", [Rhythm(1, 0), Rhythm(3, 1), Rhythm(4, 0), Rhythm(6, 3)])
