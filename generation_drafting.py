@@ -48,8 +48,9 @@ class DrawingTurns:
         neighbours = _neighbours_in_rows(positions.tolist(), widths, None if is_drawn is None else is_drawn.tolist())
         self.turns = _turns([beside for beside, _ in neighbours])
         if len(self.turns) > 1:
-            # In the order of the turns, so that each is a slice.
+            # In the order of the turns, so that each is a slice of them; of all slots too where that is their order.
             order = [slot for turn in self.turns for slot in turn]
+            self.are_in_order = order == list(range(len(order)))
             self.beside = torch.tensor([neighbours[slot][0] for slot in order], device=device)
             self.order = torch.tensor(order, device=device)
             distances = torch.tensor([neighbours[slot][1] for slot in order], device=device)
@@ -63,7 +64,7 @@ class DrawingTurns:
         start = 0
         for number, turn in enumerate(self.turns):
             part = slice(start, start + len(turn))
-            slots, start = self.order[part], part.stop
+            slots, start = part if self.are_in_order else self.order[part], part.stop
             if number > 0:
                 self.logits[slots] += self.head.correct(self.prepared[part], self.told[self.beside[part]])
             yield slots
@@ -77,7 +78,8 @@ class DrawingTurns:
         """Puts what was computed turn by turn, (slots of a turn, ...) each, in the order of the slots."""
         if len(parts) == 1:
             return parts[0]
-        return torch.cat(parts)[self.order.argsort()]
+        joined = torch.cat(parts)
+        return joined if self.are_in_order else joined[self.order.argsort()]
 
 
 def _neighbours_in_rows(

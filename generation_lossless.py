@@ -5,6 +5,7 @@ itself: it draws the next tokens in parallel, and its next forward, which drafts
 conditionals.
 """
 
+import time
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,6 +18,8 @@ from .generation_pace import TRIAL, Pace, Rhythm
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
 from .modeling_drafting import EsoDraftHead
+
+NO_PROPOSALS = torch.empty(0)
 
 
 def accepts(p: torch.Tensor, q: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -70,16 +73,18 @@ class LosslessUnmasking(DecodingStrategy):
         self.cached = [len(columns) for columns in canvas.cached_columns]
         # Of each row, the drafted tokens of the slots behind the decided ones, and q, (drafts, vocab), of each.
         self.drafts: list[list[int]] = [[] for _ in range(canvas.batch)]
-        self.proposals = [torch.empty(0)] * canvas.batch
+        self.proposals = [NO_PROPOSALS] * canvas.batch
         # Whether the drafts are on trial; and if those of the forward before were, the q of each row.
         self.is_trial = False
         self.tried: list[torch.Tensor] = []
         # Of each row, the masks of each group; and where in the logits of a forward the groups begin.
         self.widths: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.first_masks: list[list[int]] = [[] for _ in range(canvas.batch)]
+        self.started = 0.0  # when the round was, in seconds
         self.num_forwards, self.num_offered, self.num_accepted = ([0] * canvas.batch for _ in range(3))
 
     def next_feed(self) -> Feed:
+        self.started = time.perf_counter()
         canvas, fed = self.canvas, []
         is_idle = canvas.idle_rows(in_lockstep=False)
         if self.is_trial:
@@ -149,9 +154,11 @@ class LosslessUnmasking(DecodingStrategy):
         limits = list(self.ends)
         for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
             taking_part = [row for row in active if row in rows]
+            # With drafts waiting they are as good as apart.
             are_in_step = len(taking_part) > 1 and len({self.decided[row] for row in taking_part}) == 1
+            are_in_step = are_in_step and not any(self.drafts[row] for row in taking_part)
             # Rows with a pace each are never in step.
-            self.is_trial = not self.tried and pace.wants_trial(are_in_step)
+            self.is_trial = not self.tried and pace.wants_trial(len(taking_part), are_in_step)
             if self.is_trial:
                 rhythms |= dict.fromkeys(taking_part, TRIAL)
                 continue
@@ -203,11 +210,12 @@ class LosslessUnmasking(DecodingStrategy):
                 self.num_accepted[row] += count
             self.drafts[row] = []
         drawn, turns, expected = self._draft(outputs, first_masks, widths, is_refused, step)
+        seconds = time.perf_counter() - self.started
         for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
             kept = sum(accepted[row] for row in rows)
             offered = kept + sum(is_refused[row] for row in rows) + len(expected)
             drafted = max(len(self.drafts[row]) for row in rows)
-            pace.note(offered, kept + sum(expected), drafted, turns, is_trial=len(expected) > 0)
+            pace.note(offered, kept + sum(expected), drafted, turns, seconds, is_trial=len(expected) > 0)
         decisions += drawn
         if len(decisions) == 1:
             return decisions[0]
@@ -332,7 +340,7 @@ class LosslessUnmasking(DecodingStrategy):
         for row, (first, width) in enumerate(zip(firsts, widths, strict=True)):
             if width > 0:
                 self.drafts[row] = tokens[first + 1 : first + width]
-                self.proposals[row] = q[first + 1 : first + width]
+                self.proposals[row] = q[first + 1 : first + width] if width > 1 else NO_PROPOSALS
                 if not is_refused[row]:
                     exact.append(first)
                     self.decided[row] += 1

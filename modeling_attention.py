@@ -136,7 +136,7 @@ def eager_attention_forward(
     """
     query = query * scaling
     if query.shape[-2] <= MAX_QUERIES_TRANSPOSED and query.device.type == "cpu" and not torch.is_grad_enabled():
-        # Reads the keys up to half again as fast, like the products of `FewRowLinear`; the layout matters here too.
+        # Reads the keys up to half again as fast, like the products of `DecodingLinear`; the layout matters here too.
         scores = torch.matmul(key, query.contiguous().transpose(2, 3)).transpose(2, 3).contiguous()
     else:
         scores = torch.matmul(query.contiguous(), key.transpose(2, 3))

@@ -12,7 +12,7 @@ from transformers import CompileConfig
 from eso_lm import DataCollatorForHybridMaskedDiffusion
 from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
 from eso_lm.modeling_eso import EsoModulation
-from eso_lm.modeling_inference import MAX_FEW_ROWS, MIN_LARGE_WEIGHT, FewRowLinear, fast_products_of_few_rows
+from eso_lm.modeling_inference import MAX_FEW_ROWS, MIN_LARGE_WEIGHT, DecodingLinear, fast_products
 
 
 @settings(max_examples=60, deadline=None)
@@ -26,7 +26,7 @@ from eso_lm.modeling_inference import MAX_FEW_ROWS, MIN_LARGE_WEIGHT, FewRowLine
 )
 def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, with_gradients, dtype, size):
     torch.manual_seed(rows)
-    layer = FewRowLinear(*size, bias=bias).to(dtype)
+    layer = DecodingLinear(*size, bias=bias).to(dtype)
     inputs = torch.randn(batch, rows, size[0], dtype=dtype)
     with torch.set_grad_enabled(with_gradients):
         outputs = layer(inputs)
@@ -67,8 +67,8 @@ def test_layers_are_plain_ones_again_afterwards():
     model = randomized_model()
     before = [type(module) for module in model.modules()]
     assert type(model.lm_head) is type(model.model.layers[0].mlp.up_proj) is torch.nn.Linear
-    with fast_products_of_few_rows(model):
-        assert type(model.lm_head) is FewRowLinear
+    with fast_products(model):
+        assert type(model.lm_head) is DecodingLinear
         assert type(model.model.modulation) is EsoModulation
     model.generate(max_new_tokens=3)
     assert [type(module) for module in model.modules()] == before
