@@ -50,18 +50,17 @@ class DecodingCosts:
     drawn: tuple[int, ...]
     draws: tuple[float, ...]
 
-    def of_round(self, slots: float, drafts: float, turns: float, are_in_step: bool) -> float:
+    def of_round(self, slots: float, drafts: float, num_turns: float, are_in_step: bool) -> float:
         """The time of a round: a forward, the turns of drawing, and one more in which drafts are judged.
 
         Args:
             slots: That a row feeds.
-            drafts: Of a row, that are judged, and drawn anew.
-            turns: In which a draft is drawn; they follow the one of the token before them.
+            drafts: Of a row, that are judged, and drawn anew, behind a token that is decided.
+            num_turns: In which they are drawn.
             are_in_step: Whether rows stand at the same place, if they have no drafts.
         """
         if drafts == 0 and are_in_step:
             return self.in_step + self.draws[0]
-        num_turns = 1 + drafts * turns
         time_to_draw = num_turns * _on_lines(self.drawn, self.draws, (1 + drafts) / num_turns)
         time_to_judge = _on_lines(self.drawn, self.draws, drafts) if drafts > 0 else 0.0
         return _on_lines(self.slots, self.forwards, slots) + time_to_draw + time_to_judge
@@ -86,7 +85,7 @@ class Drift:
     ratios: list[float] = field(default_factory=lambda: [0.0, 0.0])
     weights: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
-    discount, slow_discount, doubt, largest = 0.95, 0.99, 2.0, 4.0
+    discount, slow_discount, doubt, largest = 0.95, 0.99, 2.0, 1.5
 
     def note(self, has_drafts: bool, ratio: float) -> None:
         """Takes note of how many times as long as expected a round took."""

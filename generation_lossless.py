@@ -48,8 +48,9 @@ class LosslessUnmasking(DecodingStrategy):
         plan: The order of each row; a group is a token.
         sampler: How tokens are chosen, in drafting and in judging alike.
         use_cache: Whether what is decided is cached.
-        paces: How many tokens are drafted, and how many masks are ready where a draft may be refused: one pace for all
-            rows, or one for each.
+        paces: How many tokens are drafted, and how many masks are ready where a draft may be refused: for all rows, or
+            for each. Of each pair the first is for slots that are scattered over the text, the second for stretches
+            of it, whose drafts meet with another fate.
         head: The draft head, which lets the tokens of a draft know one another; None: they do not.
     """
 
@@ -59,14 +60,16 @@ class LosslessUnmasking(DecodingStrategy):
         plan: GenerationPlan,
         sampler: TokenSampler,
         use_cache: bool,
-        paces: list[Pace],
+        paces: list[tuple[Pace, Pace]],
         head: EsoDraftHead | None,
     ):
         self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
         self.paces, self.head = paces, head
         rows = range(canvas.batch)
-        self.rows_of_paces = [[row] for row in rows] if len(paces) == canvas.batch else [list(rows)]
+        self.rows_of_paces = [range(row, row + 1) for row in rows] if len(paces) == canvas.batch else [rows]
         self.order = plan.order
+        # Whether the drafts behind each slot are of a stretch of the text, and how far that stays so.
+        self.is_stretch, self.stays_until = _stretches(canvas.text_positions.gather(1, plan.order))
         self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)
@@ -77,10 +80,13 @@ class LosslessUnmasking(DecodingStrategy):
         # Whether the drafts are on trial; and if those of the forward before were, the q of each row.
         self.is_trial = False
         self.tried: list[torch.Tensor] = []
+        # Of each row, whether its drafts are of a stretch of the text.
+        self.of_stretch = [False] * canvas.batch
         # Of each row, the masks of each group; and where in the logits of a forward the groups begin.
         self.widths: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.first_masks: list[list[int]] = [[] for _ in range(canvas.batch)]
-        self.started = 0.0  # when the round was, in seconds
+        # When the round has begun; and whether it has drafts, and how long it takes by the costs, if that is known.
+        self.started, self.expected = 0.0, (False, 0.0)
         self.num_forwards, self.num_offered, self.num_accepted = ([0] * canvas.batch for _ in range(3))
 
     def next_feed(self) -> Feed:
@@ -152,26 +158,51 @@ class LosslessUnmasking(DecodingStrategy):
         """
         rhythms: dict[int, Rhythm] = {}
         limits = list(self.ends)
-        for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
+        for row in active:
+            self.of_stretch[row] = self.is_stretch[row][self.decided[row]]
+        for paces, rows in zip(self.paces, self.rows_of_paces, strict=True):
             taking_part = [row for row in active if row in rows]
+            if not taking_part:
+                continue
             # With drafts waiting they are as good as apart.
             are_in_step = len(taking_part) > 1 and len({self.decided[row] for row in taking_part}) == 1
             are_in_step = are_in_step and not any(self.drafts[row] for row in taking_part)
+            # What concerns all of them is decided for most of them.
+            most = sum(self.of_stretch[row] for row in taking_part) * 2 > len(taking_part)
+            pace, other = paces[most], paces[not most]
             # Rows with a pace each are never in step.
-            self.is_trial = not self.tried and pace.wants_trial(len(taking_part), are_in_step)
+            usually_left = self._usually_left(taking_part, other)
+            self.is_trial = not self.tried and pace.wants_trial(len(taking_part), are_in_step, usually_left)
             if self.is_trial:
                 rhythms |= dict.fromkeys(taking_part, TRIAL)
+                self.expected = True, 0.0
                 continue
             # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.
             meeting_place = self._meeting_place(taking_part) if pace.draft_length is None else None
-            rhythm = pace.rhythm(len(taking_part), are_in_step, can_meet=meeting_place is not None)
+            rhythm = pace.rhythm(len(taking_part), are_in_step, meeting_place is not None, usually_left)
             if rhythm.length == 1 and meeting_place is not None and not self._has_drafts_behind(meeting_place):
                 taking_part = [row for row in taking_part if self.decided[row] < meeting_place]
                 rhythm = pace.rhythm(len(taking_part))
                 for row in taking_part:
                     limits[row] = min(limits[row], meeting_place)
             rhythms |= dict.fromkeys(taking_part, rhythm)
+            others = [row for row in taking_part if self.of_stretch[row] != most]
+            if not others or (are_in_step and rhythm.length == 1):
+                # What rows apart take without drafts says nothing of those with drafts, nor of rows in step.
+                is_known = rhythm.length > 1 or are_in_step or len(taking_part) == 1
+                self.expected = rhythm.length > 1, pace.seconds * is_known
+                continue
+            rhythms |= dict.fromkeys(others, other.rhythm(len(taking_part)))
+            share = len(others) / len(taking_part)
+            self.expected = True, (1 - share) * pace.seconds + share * other.seconds
         return rhythms, limits
+
+    def _usually_left(self, rows: list[int], other: Pace) -> int:
+        """How many tokens of most rows drafts will do as well for as now, or by the other pace well enough."""
+        goes_on = other.draft_length is None and other.rhythm(len(rows), can_meet=True).length > 1
+        until = [self.ends[row] if goes_on else self.stays_until[row][self.decided[row]] for row in rows]
+        left = sorted(until[index] - self.decided[row] for index, row in enumerate(rows))
+        return left[len(left) // 2]
 
     def _meeting_place(self, rows: list[int]) -> int | None:
         """The slot at which rows apart can stand in step: where those ahead are.
@@ -210,12 +241,7 @@ class LosslessUnmasking(DecodingStrategy):
                 self.num_accepted[row] += count
             self.drafts[row] = []
         drawn, turns, expected = self._draft(outputs, first_masks, widths, is_refused, step)
-        seconds = time.perf_counter() - self.started
-        for pace, rows in zip(self.paces, self.rows_of_paces, strict=True):
-            kept = sum(accepted[row] for row in rows)
-            offered = kept + sum(is_refused[row] for row in rows) + len(expected)
-            drafted = max(len(self.drafts[row]) for row in rows)
-            pace.note(offered, kept + sum(expected), drafted, turns, seconds, is_trial=len(expected) > 0)
+        self._tell_paces(accepted, is_refused, expected, turns)
         decisions += drawn
         if len(decisions) == 1:
             return decisions[0]
@@ -225,6 +251,36 @@ class LosslessUnmasking(DecodingStrategy):
             scores=torch.cat([decision.scores for decision in decisions]),
             logits=torch.cat([decision.logits for decision in decisions]),
         )
+
+    def _tell_paces(
+        self,
+        accepted: list[int],
+        is_refused: list[bool],
+        expected: dict[int, float],
+        turns: int,
+    ) -> None:
+        """What each pace learns of a round, by the rows that go by it; and what it took, against the costs."""
+        drift = None if self.paces[0][0].costs is None else self.paces[0][0].costs.drift
+        has_drafts, expected_seconds = self.expected
+        if drift is not None and expected_seconds > 0 and (has_drafts or (not any(is_refused) and not any(accepted))):
+            drift.note(has_drafts, (time.perf_counter() - self.started) / expected_seconds)
+        for paces, rows in zip(self.paces, self.rows_of_paces, strict=True):
+            longest = max(len(self.drafts[row]) for row in rows)
+            groups = [[row for row in rows if self.widths[row] and self.of_stretch[row] == kind] for kind in (0, 1)]
+            for pace, group in zip(paces, groups, strict=True):
+                if not group:
+                    continue
+                tried = [expected[row] for row in group if row in expected]
+                kept = sum(accepted[row] for row in group)
+                drafted = max(len(self.drafts[row]) for row in group)
+                pace.note(
+                    offered=kept + sum(is_refused[row] for row in group) + len(tried),
+                    accepted=kept + sum(tried),
+                    # In how many turns a draft is drawn is seen where the longest one is.
+                    drawn=drafted if drafted == longest else 0,
+                    turns=turns if drafted == longest else 0,
+                    is_trial=len(tried) > 0,
+                )
 
     def _judge(self, logits: torch.Tensor, step: int) -> tuple[list[Decisions], list[int], list[bool]]:
         """Decides the drafts up to the first refusal of each row, and the token in place of that one.
@@ -296,11 +352,11 @@ class LosslessUnmasking(DecodingStrategy):
         widths: list[int],
         is_refused: list[bool],
         step: int,
-    ) -> tuple[list[Decisions], int, list[float]]:
+    ) -> tuple[list[Decisions], int, dict[int, float]]:
         """Draws the next tokens of each row; the first one, unless it took the place of a refused one, is decided.
 
         Returns:
-            What was decided, the turns that it took, and with which probability each draft that was on trial would
+            What was decided, the turns that it took, and of rows with a draft on trial with which probability it would
             have been accepted.
         """
         # With the place of a refused one nothing is left to be drawn, if there is no mask behind.
@@ -309,7 +365,7 @@ class LosslessUnmasking(DecodingStrategy):
         for row, refused in enumerate(is_refused):
             self.decided[row] += refused
         if not drafting:
-            return [], 0, []
+            return [], 0, {}
         rows = [row for row, _ in drafting]
         # The first slot of a row that has had a refusal is decided.
         places = [self.decided[row] - is_refused[row] + slot for row, slot in drafting]
@@ -336,7 +392,7 @@ class LosslessUnmasking(DecodingStrategy):
         scores, q = turns.assemble(parts_of_scores), turns.assemble(parts_of_q)
         tokens, can_be_drawn = torch.stack([turns.tokens, is_drawable(scores).long()]).tolist()
         require_drawable(can_be_drawn)
-        exact, overlaps = [], []
+        exact, overlaps = [], {}
         for row, (first, width) in enumerate(zip(firsts, widths, strict=True)):
             if width > 0:
                 self.drafts[row] = tokens[first + 1 : first + width]
@@ -345,8 +401,8 @@ class LosslessUnmasking(DecodingStrategy):
                     exact.append(first)
                     self.decided[row] += 1
                 if self.tried and len(self.tried[row]) > 0:
-                    overlaps.append(torch.minimum(self.tried[row][0], q[first]).sum())
-        expected = torch.stack(overlaps).tolist() if overlaps else []
+                    overlaps[row] = torch.minimum(self.tried[row][0], q[first]).sum()
+        expected = dict(zip(overlaps, torch.stack([*overlaps.values()]).tolist(), strict=True)) if overlaps else {}
         self.tried = []
         if not exact:
             return [], turns.num_turns, expected
@@ -372,6 +428,28 @@ class LosslessUnmasking(DecodingStrategy):
         log_probs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         self.canvas.reveal(rows, columns, tokens.tolist(), log_probs.tolist(), step)
         return Decisions(rows, columns, scores, logits)
+
+
+def _stretches(positions: torch.Tensor) -> tuple[list[list[bool]], list[list[int]]]:
+    """Where a text is written from left to right.
+
+    Args:
+        positions: (batch, length), of the tokens in generation order.
+
+    Returns:
+        Of each row and slot, whether the two slots behind it go on where the one before each ends, as is the case in
+        the sequential phase; and the slot up to which that stays as it is.
+    """
+    batch, length = positions.shape
+    goes_on = torch.zeros(batch, length + 2, dtype=torch.bool)
+    goes_on[:, 1:length] = positions[:, 1:] == positions[:, :-1] + 1
+    is_stretch = goes_on[:, 1:-1] & goes_on[:, 2:]
+    # The last two slots have nobody behind them.
+    is_stretch[:, max(length - 2, 0) :] = is_stretch[:, max(length - 3, 0), None] if length > 2 else False
+    ends = torch.full((batch, length), length)
+    changes = is_stretch[:, 1:] != is_stretch[:, :-1]
+    ends[:, :-1] = torch.where(changes, torch.arange(1, length), length)
+    return is_stretch.tolist(), ends.flip(-1).cummin(dim=-1).values.flip(-1).tolist()
 
 
 def _at(tensor: torch.Tensor, index: list[int]) -> torch.Tensor:

@@ -19,6 +19,12 @@ MASKS_BEHIND_DRAFTS = 24
 NUM_TRIALS = 4
 """Of rows that stand at the same place: the forwards in which drafts are tried before it is clear what they bring."""
 
+GAIN_TO_STAY_APART = 1.1
+"""How many times the tokens a second drafts have to bring for rows apart not to meet, and be in step again."""
+
+TOKENS_TO_MEET = 16
+"""What rows that have parted lose until they are in step again: as much time as so many tokens take."""
+
 HOPED_DRAFTS = 4
 """Drafts that most are taken to have been accepted of, before any have been seen."""
 
@@ -97,6 +103,9 @@ class Pace:
     Args:
         draft_length: Tokens of a draft; None: "auto".
         costs: Those of the model, for "auto".
+
+    Attributes:
+        seconds: That a round of the last rhythm takes by the costs.
     """
 
     draft_length: int | None
@@ -106,12 +115,12 @@ class Pace:
     turns: float = field(default=0.0, init=False)
     drafts: float = field(default=0.0, init=False)
     num_trials: int = field(default=0, init=False)
-    expected: tuple[bool, float] | None = field(default=None, init=False)
+    seconds: float = field(default=0.0, init=False)
     costs_of_rows: dict[int, DecodingCosts] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     hope, discount, slow_discount = 0.85, 0.99, 0.98
 
-    def wants_trial(self, rows: int, are_in_step: bool) -> bool:
+    def wants_trial(self, rows: int, are_in_step: bool, left: int = 1) -> bool:
         """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them.
 
         Not where they would not pay even if they met with more luck than before.
@@ -119,15 +128,16 @@ class Pace:
         if self.costs is None or not are_in_step or (self.judged >= 1 and self.num_trials >= NUM_TRIALS):
             return False
         lucky = (self.accepted + LUCKY_DRAFTS) / (self.judged + LUCKY_DRAFTS)
-        return self._best(rows, lucky, self._turns_a_draft(0), gain_to_part(NUM_TRIALS))[0].length > 1
+        return self._best(rows, lucky, self._turns_a_draft(0), gain_to_part(NUM_TRIALS, left))[0].length > 1
 
-    def rhythm(self, rows: int, are_in_step: bool = False, can_meet: bool = False) -> Rhythm:
+    def rhythm(self, rows: int, are_in_step: bool = False, can_meet: bool = False, left: int = 1) -> Rhythm:
         """That of the next forward.
 
         Args:
             rows: That take part in it.
             are_in_step: Whether they are several, and stand at the same place.
             can_meet: Whether they are apart, and can meet at a place where they will be in step.
+            left: Tokens of a row, with this one, for which drafts will do as well as now.
         """
         if self.draft_length is not None:
             return fixed_rhythm(self.draft_length)
@@ -136,11 +146,8 @@ class Pace:
         hopes = 0 if are_in_step and self.judged > 0 else HOPED_DRAFTS
         acceptance = (self.accepted + hopes * self.hope) / (self.judged + hopes)
         turns = self._turns_a_draft(1)
-        to_part = gain_to_part(self.num_trials) if are_in_step else 1.0 if can_meet else None
-        rhythm, seconds = self._best(rows, acceptance, turns, to_part)
-        has_drafts = rhythm.length > 1
-        # What rows apart take without drafts says nothing of either.
-        self.expected = (has_drafts, seconds) if has_drafts or are_in_step or rows == 1 else None
+        to_part = gain_to_part(self.num_trials, left) if are_in_step else GAIN_TO_STAY_APART if can_meet else None
+        rhythm, self.seconds = self._best(rows, acceptance, turns, to_part)
         return rhythm
 
     def _best(self, rows: int, acceptance: float, turns: float, to_part: float | None) -> tuple[Rhythm, float]:
@@ -151,14 +158,12 @@ class Pace:
         drift = 1.0 if self.costs.drift is None else self.costs.drift.of_drafts()
         # Rounded, because the best of so many rhythms is looked for once.
         rounded = round(32 * acceptance) / 32, round(turns, 1), to_part
-        return best_rhythm(*rounded, self.costs_of_rows[rows], round(16 * drift) / 16)
+        return best_rhythm(*rounded, rows > 1, self.costs_of_rows[rows], round(16 * drift) / 16)
 
     def _turns_a_draft(self, unknown: int) -> float:
         return (self.turns + unknown) / (self.drafts + 1)
 
-    def note(
-        self, offered: int, accepted: float, drawn: int, turns: int, seconds: float, is_trial: bool = False
-    ) -> None:
+    def note(self, offered: int, accepted: float, drawn: int, turns: int, is_trial: bool = False) -> None:
         """Takes note of a round.
 
         Args:
@@ -166,7 +171,6 @@ class Pace:
                 that would be, on average.
             drawn, turns: New drafts, of the row that has the most, and the turns that it took to draw them, if any,
                 and the token before them.
-            seconds: That it took.
             is_trial: Whether the drafts were on trial.
         """
         discount = self.discount**offered if offered > 0 else self.slow_discount
@@ -175,19 +179,15 @@ class Pace:
         self.turns = discount * self.turns + max(turns - 1, 0)
         self.drafts = discount * self.drafts + drawn
         self.num_trials += is_trial
-        if self.expected is not None and self.costs is not None and self.costs.drift is not None:
-            has_drafts, expected = self.expected
-            if has_drafts or offered == 0:
-                self.costs.drift.note(has_drafts, seconds / expected)
-        self.expected = None
 
 
 def paces_of(
     model: EsoLM, draft_length: int | Literal["auto"], rows: int, length: int, generator: Generators
-) -> list[Pace]:
-    """One pace for all rows, at the costs of the model where it is; or one for each row with a generator of its own.
+) -> list[tuple[Pace, Pace]]:
+    """Paces for all rows, at the costs of the model where it is; or for each row with a generator of its own.
 
-    Costs are nominal with generators for each row, and where there are several processes.
+    Two of them: for slots that are scattered over the text, and for stretches of it. Costs are nominal with generators
+    for each row, and where there are several processes.
 
     Args:
         model: Ready to decode.
@@ -197,13 +197,13 @@ def paces_of(
         generator: As for `generate`.
     """
     if draft_length != "auto":
-        return [Pace(draft_length)]
+        fixed = Pace(draft_length)
+        return [(fixed, fixed)]
     if isinstance(generator, list):
-        return [Pace(None, NOMINAL_COSTS) for _ in range(rows)]
-    if _is_one_of_several_processes():
-        # Processes that share a model have to feed it alike, and each would measure something else.
-        return [Pace(None, NOMINAL_COSTS)]
-    return [Pace(None, costs_of(model, rows, length))]
+        return [(Pace(None, NOMINAL_COSTS), Pace(None, NOMINAL_COSTS)) for _ in range(rows)]
+    # Processes that share a model have to feed it alike, and each would measure something else.
+    costs = NOMINAL_COSTS if _is_one_of_several_processes() else costs_of(model, rows, length)
+    return [(Pace(None, costs), Pace(None, costs))]
 
 
 def _is_one_of_several_processes() -> bool:
@@ -214,17 +214,22 @@ def _is_one_of_several_processes() -> bool:
     )
 
 
-def gain_to_part(num_trials: int) -> float:
+def gain_to_part(num_trials: int, left: int) -> float:
     """How many times the tokens a second drafts have to bring before rows leave the place where they all stand.
 
-    The way back takes time, and the first trials, at the start of a text, may mislead.
+    The first trials, at the start of a text, may mislead; and the way back takes as long as some tokens do.
     """
-    return 1.1 + 0.2 / max(num_trials, 1)
+    return GAIN_TO_STAY_APART + 0.2 / max(num_trials, 1) + TOKENS_TO_MEET / left
 
 
 @cache
 def best_rhythm(
-    acceptance: float, turns: float, to_part: float | None, costs: DecodingCosts, drift: float = 1.0
+    acceptance: float,
+    turns: float,
+    to_part: float | None,
+    are_several: bool,
+    costs: DecodingCosts,
+    drift: float = 1.0,
 ) -> tuple[Rhythm, float]:
     """The rhythm that brings the most tokens a second, and the seconds that a round of it takes by the costs.
 
@@ -233,13 +238,15 @@ def best_rhythm(
         turns: In which a draft is drawn, on average.
         to_part: Where several rows can be in step, which they are not with drafts: by what factor these have to bring
             more. None: they cannot.
+        are_several: Whether there are other rows, one of which will have a whole draft to draw.
         costs: Of the rows that take part in a forward.
         drift: How many times as long as by the costs rounds with drafts take, against those without.
     """
     found = []
     for rhythm in RHYTHMS:
         tokens, slots, drafts = rhythm.means(acceptance)
-        seconds = costs.of_round(slots, drafts, turns, are_in_step=to_part is not None)
+        num_turns = 1 + turns * (rhythm.length - 1 if are_several else drafts)
+        seconds = costs.of_round(slots, drafts, num_turns, are_in_step=to_part is not None)
         handicap = drift * (to_part or 1.0) if rhythm.length > 1 else 1.0
         found.append((tokens / (seconds * handicap), rhythm, seconds))
     _, rhythm, seconds = max(found, key=lambda one: one[0])
