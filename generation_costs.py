@@ -98,7 +98,9 @@ class Drift:
 
     def of_drafts(self) -> float:
         """How many times as much longer rounds with drafts take as those without: 1 until both have been seen."""
-        common = (sum(self.ratios) + self.doubt) / (sum(self.weights) + self.doubt)
+        if not sum(self.weights):
+            return 1.0
+        common = sum(self.ratios) / sum(self.weights)
         without, with_drafts = (
             (ratio + self.doubt * common) / (weight + self.doubt)
             for ratio, weight in zip(self.ratios, self.weights, strict=True)

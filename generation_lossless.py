@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 
 from .generation_canvas import Canvas
 from .generation_decoding import Decisions, DecodingStrategy, Feed, Outputs
 from .generation_drafting import DrawingTurns
-from .generation_pace import TRIAL, Pace, Rhythm
+from .generation_pace import ONE_TOKEN, TRIAL, Pace, Rhythm
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
-from .modeling_drafting import EsoDraftHead
+from .modeling_drafting import MAX_DISTANCE, EsoDraftHead
 
 NO_PROPOSALS = torch.empty(0)
 
@@ -68,9 +69,14 @@ class LosslessUnmasking(DecodingStrategy):
         rows = range(canvas.batch)
         self.rows_of_paces = [range(row, row + 1) for row in rows] if len(paces) == canvas.batch else [rows]
         self.order = plan.order
-        # Whether the drafts behind each slot are of a stretch of the text, and how far that stays so.
-        self.is_stretch, self.stays_until = _stretches(canvas.text_positions.gather(1, plan.order))
         self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
+        # Whether the drafts behind each slot are of a stretch of the text, and how far that stays so, which no draft
+        # goes beyond; drafts of a fixed length do not care.
+        positions = canvas.text_positions.gather(1, plan.order)
+        is_fixed = paces[0][0].draft_length is not None
+        self.is_stretch, self.stays_until = _stretches(
+            torch.zeros_like(positions) if is_fixed else positions, self.ends
+        )
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)
         self.cached = [len(columns) for columns in canvas.cached_columns]
@@ -80,8 +86,8 @@ class LosslessUnmasking(DecodingStrategy):
         # Whether the drafts are on trial; and if those of the forward before were, the q of each row.
         self.is_trial = False
         self.tried: list[torch.Tensor] = []
-        # Of each row, whether its drafts are of a stretch of the text.
-        self.of_stretch = [False] * canvas.batch
+        # Of each row, whether its next drafts are of a stretch of the text, and whether those are that are judged now.
+        self.of_stretch, self.judged_of_stretch = ([False] * canvas.batch for _ in range(2))
         # Of each row, the masks of each group; and where in the logits of a forward the groups begin.
         self.widths: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.first_masks: list[list[int]] = [[] for _ in range(canvas.batch)]
@@ -96,7 +102,7 @@ class LosslessUnmasking(DecodingStrategy):
         if self.is_trial:
             self.tried, self.drafts = [*self.proposals], [[] for _ in range(canvas.batch)]
         rhythms, limits = self._choose_rhythms([row for row in range(canvas.batch) if not is_idle[row]])
-        num_masks = 0
+        has_drafts, num_masks = any(self.drafts), 0
         for row in range(canvas.batch):
             self.widths[row] = []
             if row not in rhythms:
@@ -104,6 +110,14 @@ class LosslessUnmasking(DecodingStrategy):
                 fed.append(_Fed([], [], [], 0))
                 continue
             num_drafts, decided, cached = len(self.drafts[row]), self.decided[row], self.cached[row]
+            self.num_forwards[row] += 1
+            self.num_offered[row] += num_drafts
+            if not has_drafts:
+                width = min(rhythms[row].length, limits[row] - decided, self.stays_until[row][decided] - decided)
+                fed.append(_Fed([*range(cached, decided + width)], [], [], decided - cached))
+                self.widths[row], self.first_masks[row] = [width], [num_masks]
+                num_masks += width
+                continue
             content = range(cached, decided + num_drafts)
             slots, horizon, first = [*content], [*range(1, len(content) + 1)], [*range(len(content))]
             rhythm = rhythms[row]
@@ -111,7 +125,7 @@ class LosslessUnmasking(DecodingStrategy):
             for end in range(num_drafts + 1):
                 longest = rhythm.length if end == num_drafts else longest_before
                 start = decided + end
-                width = min(longest, limits[row] - start)
+                width = min(longest, limits[row] - start, self.stays_until[row][start] - start)
                 first += [len(slots)] * width
                 horizon += [start - cached] * width
                 slots += range(start, start + width)
@@ -119,8 +133,6 @@ class LosslessUnmasking(DecodingStrategy):
             fed.append(_Fed(slots, horizon, first, len(content)))
             self.first_masks[row] = list(accumulate(self.widths[row], initial=num_masks))
             num_masks += sum(self.widths[row])
-            self.num_forwards[row] += 1
-            self.num_offered[row] += num_drafts
         most = max(len(row.slots) for row in fed)
         # Where a row has to be filled up, it writes its last slot once more, as it was.
         padded = []
@@ -158,6 +170,7 @@ class LosslessUnmasking(DecodingStrategy):
         """
         rhythms: dict[int, Rhythm] = {}
         limits = list(self.ends)
+        self.judged_of_stretch = [*self.of_stretch]
         for row in active:
             self.of_stretch[row] = self.is_stretch[row][self.decided[row]]
         for paces, rows in zip(self.paces, self.rows_of_paces, strict=True):
@@ -171,12 +184,17 @@ class LosslessUnmasking(DecodingStrategy):
             most = sum(self.of_stretch[row] for row in taking_part) * 2 > len(taking_part)
             pace, other = paces[most], paces[not most]
             # Rows with a pace each are never in step.
-            usually_left = self._usually_left(taking_part, other)
-            self.is_trial = not self.tried and pace.wants_trial(len(taking_part), are_in_step, usually_left)
+            self.is_trial = False
+            if are_in_step and not pace.may_part(len(taking_part)):
+                rhythms |= dict.fromkeys(taking_part, ONE_TOKEN)
+                self.expected = False, pace.seconds
+                continue
+            self.is_trial = not self.tried and pace.wants_trial(are_in_step)
             if self.is_trial:
                 rhythms |= dict.fromkeys(taking_part, TRIAL)
                 self.expected = True, 0.0
                 continue
+            usually_left = self._usually_left(taking_part, other) if are_in_step else 1
             # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.
             meeting_place = self._meeting_place(taking_part) if pace.draft_length is None else None
             rhythm = pace.rhythm(len(taking_part), are_in_step, meeting_place is not None, usually_left)
@@ -264,17 +282,21 @@ class LosslessUnmasking(DecodingStrategy):
         has_drafts, expected_seconds = self.expected
         if drift is not None and expected_seconds > 0 and (has_drafts or (not any(is_refused) and not any(accepted))):
             drift.note(has_drafts, (time.perf_counter() - self.started) / expected_seconds)
+        was_judged = [kept > 0 or refused for kept, refused in zip(accepted, is_refused, strict=True)]
+        for row in expected:
+            was_judged[row] = True
         for paces, rows in zip(self.paces, self.rows_of_paces, strict=True):
             longest = max(len(self.drafts[row]) for row in rows)
-            groups = [[row for row in rows if self.widths[row] and self.of_stretch[row] == kind] for kind in (0, 1)]
-            for pace, group in zip(paces, groups, strict=True):
-                if not group:
+            for kind, pace in enumerate(paces):
+                judged = [row for row in rows if self.judged_of_stretch[row] == kind and was_judged[row]]
+                drawn = [row for row in rows if self.widths[row] and self.of_stretch[row] == kind]
+                if not judged and not drawn:
                     continue
-                tried = [expected[row] for row in group if row in expected]
-                kept = sum(accepted[row] for row in group)
-                drafted = max(len(self.drafts[row]) for row in group)
+                tried = [expected[row] for row in judged if row in expected]
+                kept = sum(accepted[row] for row in judged)
+                drafted = max((len(self.drafts[row]) for row in drawn), default=0)
                 pace.note(
-                    offered=kept + sum(is_refused[row] for row in group) + len(tried),
+                    offered=kept + sum(is_refused[row] for row in judged) + len(tried),
                     accepted=kept + sum(tried),
                     # In how many turns a draft is drawn is seen where the longest one is.
                     drawn=drafted if drafted == longest else 0,
@@ -430,26 +452,27 @@ class LosslessUnmasking(DecodingStrategy):
         return Decisions(rows, columns, scores, logits)
 
 
-def _stretches(positions: torch.Tensor) -> tuple[list[list[bool]], list[list[int]]]:
+def _stretches(positions: torch.Tensor, ends: list[int]) -> tuple[list[list[bool]], list[list[int]]]:
     """Where a text is written from left to right.
 
     Args:
         positions: (batch, length), of the tokens in generation order.
+        ends: Of each row, how many of them there are.
 
     Returns:
-        Of each row and slot, whether the two slots behind it go on where the one before each ends, as is the case in
-        the sequential phase; and the slot up to which that stays as it is.
+        Of each row and slot, whether each of the two slots behind it stands a little to the right of the one before,
+        as in the sequential phase, which passes over what is known (the last two are as the one before); and the slot
+        up to which that stays as it is, the end of the text counted as a slot.
     """
-    batch, length = positions.shape
-    goes_on = torch.zeros(batch, length + 2, dtype=torch.bool)
-    goes_on[:, 1:length] = positions[:, 1:] == positions[:, :-1] + 1
-    is_stretch = goes_on[:, 1:-1] & goes_on[:, 2:]
-    # The last two slots have nobody behind them.
-    is_stretch[:, max(length - 2, 0) :] = is_stretch[:, max(length - 3, 0), None] if length > 2 else False
-    ends = torch.full((batch, length), length)
-    changes = is_stretch[:, 1:] != is_stretch[:, :-1]
-    ends[:, :-1] = torch.where(changes, torch.arange(1, length), length)
-    return is_stretch.tolist(), ends.flip(-1).cummin(dim=-1).values.flip(-1).tolist()
+    length = positions.shape[1]
+    slots, last = torch.arange(length), torch.tensor(ends)[:, None]
+    steps = F.pad(positions, (0, 2), value=-1).diff(dim=-1)
+    goes_on = (steps > 0) & (steps <= MAX_DISTANCE)
+    is_stretch = goes_on[:, :-1] & goes_on[:, 1:] & (slots < last - 2)
+    is_stretch = is_stretch.gather(1, slots.minimum((last - 3).clamp(min=0)))
+    changes = F.pad(is_stretch.diff(dim=-1), (0, 1))
+    until = torch.where(changes & (slots < last - 1), slots + 1, length)
+    return is_stretch.tolist(), F.pad(until.flip(-1).cummin(dim=-1).values.flip(-1), (0, 1), value=length).tolist()
 
 
 def _at(tensor: torch.Tensor, index: list[int]) -> torch.Tensor:

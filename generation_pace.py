@@ -81,6 +81,9 @@ RHYTHMS = [
 """What "auto" chooses from."""
 
 
+ONE_TOKEN = Rhythm(length=1, redraft=0)
+"""No drafts."""
+
 TRIAL = Rhythm(length=2, redraft=0)
 """One draft of each row, which is only compared with what the next forward says of its place."""
 
@@ -120,15 +123,18 @@ class Pace:
 
     hope, discount, slow_discount = 0.85, 0.99, 0.98
 
-    def wants_trial(self, rows: int, are_in_step: bool, left: int = 1) -> bool:
-        """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them.
-
-        Not where they would not pay even if they met with more luck than before.
-        """
-        if self.costs is None or not are_in_step or (self.judged >= 1 and self.num_trials >= NUM_TRIALS):
-            return False
+    def may_part(self, rows: int) -> bool:
+        """Whether rows at the same place might gain from leaving it, if drafts met with more luck than before."""
+        if self.draft_length is not None:
+            return True
         lucky = (self.accepted + LUCKY_DRAFTS) / (self.judged + LUCKY_DRAFTS)
-        return self._best(rows, lucky, self._turns_a_draft(0), gain_to_part(NUM_TRIALS, left))[0].length > 1
+        rhythm, self.seconds = self._best(rows, lucky, self._turns_a_draft(0), GAIN_TO_STAY_APART)
+        return rhythm.length > 1
+
+    def wants_trial(self, are_in_step: bool) -> bool:
+        """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them."""
+        is_clear = self.judged >= 1 and self.num_trials >= NUM_TRIALS
+        return self.draft_length is None and are_in_step and not is_clear
 
     def rhythm(self, rows: int, are_in_step: bool = False, can_meet: bool = False, left: int = 1) -> Rhythm:
         """That of the next forward.

@@ -51,9 +51,9 @@ def draw_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 def draw_by_weight(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draws in proportion to `weights`, (..., vocab), not negative: inverts their CDF in float64 at `uniform`."""
     cdf = weights.cumsum(dim=-1, dtype=torch.float64)
-    total = cdf[..., -1:]
-    # Strictly below the total, so that rounding never selects a token of probability 0 at the end.
-    target = torch.minimum(uniform[..., None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    # Below the total, so that no token of weight 0 at the end is ever drawn: what is under 1 is so by 2^-53 at least,
+    # and the product rounds to a number under the total.
+    target = uniform[..., None] * cdf[..., -1:]
     # Weights of NaN end up beyond the vocabulary.
     return torch.searchsorted(cdf, target, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
 

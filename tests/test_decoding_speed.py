@@ -9,10 +9,20 @@ from tiny_models import random_batch, randomized_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from eso_lm import DataCollatorForHybridMaskedDiffusion
+from eso_lm import DataCollatorForHybridMaskedDiffusion, modeling_inference
 from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
 from eso_lm.modeling_eso import EsoModulation
-from eso_lm.modeling_inference import MAX_FEW_ROWS, MIN_LARGE_WEIGHT, DecodingLinear, fast_products
+from eso_lm.modeling_inference import (
+    MAX_FEW_ROWS,
+    MIN_LARGE_WEIGHT,
+    MIN_PACKED_PRODUCT,
+    MIN_PACKED_WEIGHT,
+    ROWS_TO_PACK,
+    DecodingLinear,
+    fast_products,
+)
+
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 @settings(max_examples=60, deadline=None)
@@ -23,17 +33,50 @@ from eso_lm.modeling_inference import MAX_FEW_ROWS, MIN_LARGE_WEIGHT, DecodingLi
     with_gradients=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
     size=st.sampled_from([(24, 40), (MIN_LARGE_WEIGHT // 512, 512)]),
+    is_packed=st.booleans(),
 )
-def test_products_of_few_rows_are_those_of_a_linear_layer(rows, batch, bias, with_gradients, dtype, size):
+def test_products_of_a_decoding_step_are_those_of_a_linear_layer(
+    rows, batch, bias, with_gradients, dtype, size, is_packed
+):
     torch.manual_seed(rows)
-    layer = DecodingLinear(*size, bias=bias).to(dtype)
+    holder = torch.nn.ModuleList([torch.nn.Linear(*size, bias=bias).to(dtype)])
     inputs = torch.randn(batch, rows, size[0], dtype=dtype)
-    with torch.set_grad_enabled(with_gradients):
+    with fast_products(holder), torch.set_grad_enabled(with_gradients):
+        layer = holder[0]
+        assert type(layer) is DecodingLinear
+        layer.rows_to_pack = 1 if is_packed and layer.rows_to_pack else None
         outputs = layer(inputs)
+        is_large_product = batch * rows * layer.weight.numel() >= MIN_PACKED_PRODUCT
+        can_be_packed = dtype != torch.float64 and layer.weight.numel() >= MIN_PACKED_WEIGHT and HAS_ONEDNN
+        assert (layer.packed is not None) == (is_packed and can_be_packed and is_large_product and not with_gradients)
     expected = F.linear(inputs, layer.weight, layer.bias)
+    assert outputs.shape == expected.shape
     assert outputs.requires_grad == with_gradients
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(outputs, expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs oneDNN")
+@torch.no_grad()
+def test_weights_are_packed_once_they_have_been_used_enough(monkeypatch):
+    layers = torch.nn.ModuleList([torch.nn.Linear(256, 1024), torch.nn.Linear(1024, 256), torch.nn.Linear(8, 8)])
+    one_row = torch.randn(1, 256), torch.randn(1, 1024), torch.randn(1, 8)
+    few_rows = [inputs.repeat(MIN_PACKED_PRODUCT // 2**18, 1) for inputs in one_row]
+    monkeypatch.setattr(modeling_inference, "MAX_PACKED_BYTES", layers[0].weight.nbytes)
+    with fast_products(layers):
+        for _ in range(ROWS_TO_PACK):
+            for layer, inputs in zip(layers, one_row, strict=True):
+                layer(inputs)  # too small a product to count
+        assert [layer.packed for layer in layers] == [None, None, None]
+        for _ in range(ROWS_TO_PACK // len(few_rows[0])):
+            assert layers[0].packed is None
+            for layer, inputs in zip(layers, few_rows, strict=True):
+                layer(inputs)
+        # There is room for one of them, and the last is too small.
+        assert [layer.packed is not None for layer in layers] == [True, False, False]
+        layers[0].weight.mul_(2)
+    assert all(set(layer.__dict__) == set(torch.nn.Linear(1, 1).__dict__) for layer in layers)
+    torch.testing.assert_close(layers[0](few_rows[0]), F.linear(few_rows[0], layers[0].weight, layers[0].bias))
 
 
 @settings(max_examples=40, deadline=None)

@@ -11,20 +11,25 @@ from hypothesis import strategies as st
 from tiny_models import random_batch, randomized_model
 from transformers import LogitsProcessor
 
-from eso_lm import generation_lossless, generation_pace
-from eso_lm.generation_lossless import LosslessUnmasking
-from eso_lm.generation_order import plan_generation
-from eso_lm.generation_pace import (
-    MAX_MASKS,
+from eso_lm import generation_costs, generation_lossless, generation_pace
+from eso_lm.generation_costs import (
     MAX_SLOTS_MEASURED,
     NOMINAL_COSTS,
-    RHYTHMS,
     BatchCosts,
     DecodingCosts,
+    Drift,
+    measure_costs,
+)
+from eso_lm.generation_lossless import LosslessUnmasking, _stretches
+from eso_lm.generation_order import plan_generation
+from eso_lm.generation_pace import (
+    GAIN_TO_STAY_APART,
+    MAX_MASKS,
+    RHYTHMS,
     Pace,
     Rhythm,
     best_rhythm,
-    measure_costs,
+    gain_to_part,
     paces_of,
 )
 
@@ -397,28 +402,112 @@ def test_the_pace_follows_what_is_accepted_and_what_forwards_cost():
     assert half.rhythm(64, are_in_step=False) == Rhythm(1, 0)
     # To draw in a turn each is worth it for no one where a turn takes as long as a forward.
     dear = DecodingCosts(1.0, (0, 64), (1.0, 1.1), drawn=(1, 8), draws=(1.0, 1.0))
-    assert best_rhythm(0.75, 0.0, None, dear).length > 4
-    assert best_rhythm(0.75, 1.0, None, dear) == Rhythm(1, 0)
+    assert best_rhythm(0.75, 0.0, None, False, dear)[0].length > 4
+    assert best_rhythm(0.75, 1.0, None, False, dear)[0] == Rhythm(1, 0)
+    # Nor where rounds with drafts are found to take three times as long as the costs say.
+    assert best_rhythm(0.75, 0.0, None, False, dear, drift=3.0)[0] == Rhythm(1, 0)
+
+
+def test_among_several_rows_one_has_a_whole_draft_to_draw():
+    measured = DecodingCosts(1.0, (0, 64), (1.0, 3.0), drawn=(1, 8), draws=(0.02, 0.02))
+    rhythm, alone = best_rhythm(0.9, 1.0, None, False, measured)
+    _, slots, drafts = rhythm.means(0.9)
+    assert 0 < drafts < rhythm.length - 1
+    assert alone == pytest.approx(1 + slots / 32 + (1 + drafts) * 0.02 + 0.02)
+    rhythm, together = best_rhythm(0.9, 1.0, None, True, measured)
+    _, slots, drafts = rhythm.means(0.9)
+    assert together == pytest.approx(1 + slots / 32 + rhythm.length * 0.02 + 0.02)
 
 
 def test_rows_part_for_a_clear_gain_only():
     slow_apart = DecodingCosts(1.0, (0, 64), (1.3, 1.4), drawn=(1,), draws=(0.01,))
     for rate in (0.25, 0.3, 0.35, 0.4, 0.5, 0.75, 0.9):
-        apart, in_step = (best_rhythm(rate, 1.0, to_part, slow_apart) for to_part in (None, 1.2))
-        gain = apart.means(rate)[0] / (slow_apart.of_round(apart, rate, 1.0, False) / 1.01)
+        chosen = [best_rhythm(rate, 1.0, to_part, True, slow_apart) for to_part in (None, 1.0, 1.2)]
+        (apart, seconds), (can_meet, _), (in_step, _) = chosen
+        gain = apart.means(rate)[0] / (seconds / 1.01)
         assert apart.length > 1
         assert in_step == (apart if gain > 1.2 else Rhythm(1, 0))
-        can_meet = best_rhythm(rate, 1.0, 1.0, slow_apart)
         assert can_meet == (apart if gain > 1 else Rhythm(1, 0))
     assert in_step.length > 1
-    # What the first trial promises has to be more than what several do.
+    # What the first trial promises has to be more than what several do; and more for what is nearly over.
     pace = Pace(None, costs(0.02))
     lengths = []
     for _ in range(4):
-        pace.note(10, 7.5, 1, 1, is_trial=True)
-        lengths.append(pace.rhythm(8, are_in_step=True).length)
-    assert lengths[0] == 1 < lengths[-1]
+        pace.note(10, 8.2, 1, 1, is_trial=True)
+        lengths.append([pace.rhythm(8, are_in_step=True, left=left).length for left in (10, 200)])
+    assert lengths[0] == [1, 1]
+    assert lengths[-1][0] == 1 < lengths[-1][1]
     assert not pace.wants_trial(are_in_step=True)
+    assert gain_to_part(4, 10) > gain_to_part(4, 200) > GAIN_TO_STAY_APART
+
+
+def test_rows_do_not_try_what_could_not_pay():
+    pace = Pace(None, costs(1.0, rows=8))
+    assert not pace.may_part(8)  # three slots of each row for two, at the best
+    pace = Pace(None, costs(0.02, rows=8))
+    assert pace.may_part(8)
+    pace.note(100, 5, 1, 1, is_trial=True)
+    assert not pace.may_part(8)
+
+
+@given(slower=st.floats(0.8, 1.25), noise=st.integers(0, 2**16))
+def test_drift_follows_what_rounds_take(slower, noise):
+    """Drafts against rounds without; unknown until both have been seen, and hardly moved by a hiccup."""
+    drift, generator = Drift(), numpy.random.default_rng(noise)
+    for _ in range(50):
+        drift.note(True, slower)
+    assert drift.of_drafts() == pytest.approx(1, abs=0.02)
+    for number in range(200):
+        drift.note(False, generator.uniform(0.95, 1.05))
+        drift.note(True, 100.0 if number == 150 else slower * generator.uniform(0.95, 1.05))
+    assert drift.of_drafts() == pytest.approx(slower, rel=0.06)
+
+
+@given(ends=st.lists(st.integers(1, 12), min_size=1, max_size=3), seed=st.integers(0, 2**16))
+def test_stretches_of_a_text(ends, seed):
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.stack([torch.randperm(max(ends), generator=generator) for _ in ends])
+    positions[:, max(ends) // 3 :] = positions[:, max(ends) // 3 :].sort(dim=-1).values
+    is_stretch, stays_until = _stretches(positions, ends)
+    for row, (places, end) in enumerate(zip(positions.tolist(), ends, strict=True)):
+        for slot in range(end):
+            at = min(slot, end - 3)  # the last two go by the one before
+            steps = [places[at + number] - places[at + number - 1] for number in (1, 2)] if end > 2 else [0]
+            assert is_stretch[row][slot] == all(0 < step <= 4 for step in steps)
+            stays = [other for other in range(slot, end) if is_stretch[row][other] != is_stretch[row][slot]]
+            assert stays_until[row][slot] == (stays[0] if stays else max(ends))
+        assert stays_until[row][end] == max(ends)
+
+
+def test_stretches_have_a_pace_of_their_own(monkeypatch):
+    """In the sequential phase drafts of this model are all refused, in the diffusion phase none: seen at once."""
+    model, lengths = randomized_model(), []
+    monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: costs(0.02))
+    judge, rhythm = LosslessUnmasking._judge, Pace.rhythm
+
+    def accepts(p, q, uniform):
+        return torch.full_like(uniform, not judged[0].judged_of_stretch[0]).bool()
+
+    judged = []
+
+    def watched(self, logits, step):
+        judged[:] = [self]
+        return judge(self, logits, step)
+
+    def chosen(self, *args, **kwargs):
+        found = rhythm(self, *args, **kwargs)
+        lengths.append(found.length)
+        return found
+
+    monkeypatch.setattr(generation_lossless, "accepts", accepts)
+    monkeypatch.setattr(LosslessUnmasking, "_judge", watched)
+    monkeypatch.setattr(Pace, "rhythm", chosen)
+    torch.manual_seed(0)
+    model.generate(max_new_tokens=200, lossless=True, alpha_0=0.3, unmasking_order="random", eos_token_id=None)
+    assert max(lengths) >= 16
+    # From the longest drafts to hardly any, with what the diffusion phase has taught of no account.
+    last_long = max(index for index, length in enumerate(lengths) if length >= 16)
+    assert max(lengths[last_long + 12 :]) <= 2
 
 
 @pytest.mark.parametrize("settings", [{}, {"draft_rank": 8}])
@@ -426,7 +515,7 @@ def test_the_rhythm_may_change_from_any_to_any(settings, monkeypatch):
     """A cache has room for `MAX_MASKS`, however many drafts the rhythm before has left."""
     model = randomized_model(**settings)
     rhythms = itertools.cycle([Rhythm(32, 0), max(RHYTHMS, key=lambda rhythm: rhythm.redraft), Rhythm(6, 5)])
-    monkeypatch.setattr(Pace, "rhythm", lambda self, rows, are_in_step, can_meet: next(rhythms))
+    monkeypatch.setattr(Pace, "rhythm", lambda self, *args, **kwargs: next(rhythms))
     feeds, decide = [], LosslessUnmasking.decide
 
     def watched(self, outputs, step):
@@ -454,7 +543,8 @@ def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
     """What a trial expects to be accepted, against the sum of min(p, q) by plain forwards."""
     noted, rows = [], 40
     monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: costs(1.0))
-    monkeypatch.setattr(Pace, "note", lambda self, *round_, is_trial: noted.append(round_))
+    monkeypatch.setattr(Pace, "may_part", lambda self, rows: True)
+    monkeypatch.setattr(Pace, "note", lambda self, **round_: noted.append(round_))
     monkeypatch.setattr(Pace, "wants_trial", lambda self, are_in_step: are_in_step)
     settings = {"num_return_sequences": rows, "max_new_tokens": LENGTH, "return_dict_in_generate": True}
     output = language.generate(lossless=True, alpha_0=0.0, **settings)
@@ -470,8 +560,8 @@ def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
         neighbours = torch.cat([first, torch.zeros_like(first)], dim=-1)
         states = drafted.draft_states[:, 1].repeat(rows, 1)
         logits += language.draft_head(states, neighbours, torch.tensor([[1, 0]]).repeat(rows, 1))
-    assert [offered for offered, *_ in noted] == [0, rows, 0, rows]
-    accepted = noted[1][1]
+    assert [round_["offered"] for round_ in noted] == [0, rows, 0, rows]
+    accepted = noted[1]["accepted"]
     assert accepted == pytest.approx(torch.minimum(p, logits.softmax(dim=-1)).sum().item(), rel=1e-4)
     assert 0.1 < accepted / rows < 0.999
 
@@ -481,7 +571,7 @@ def drafts_at_first(monkeypatch):
     """Drafts in the first two rounds, so that rows part; then none, but of fewer rows than were asked first."""
     all_rows = []
 
-    def rhythm(self, rows, are_in_step=False, can_meet=False):
+    def rhythm(self, rows, are_in_step=False, can_meet=False, left=1):
         all_rows.append(rows)
         return Rhythm(3, 1) if len(all_rows) <= 2 or rows < all_rows[0] else Rhythm(1, 0)
 
@@ -564,9 +654,9 @@ def test_costs_between_the_measured_ones(rhythm):
     seconds = numpy.interp(slots, (2, 8, 40), (1.0, 1.6, 4.0)) + num_turns * 0.25
     if drafts > 0:
         seconds += 0.25 + (drafts - 1) * 0.25 / 7
-    assert measured.of_round(rhythm, 0.5, 1.0, False) == pytest.approx(seconds)
+    assert measured.of_round(slots, drafts, num_turns, False) == pytest.approx(seconds)
     if rhythm.length == 1:
-        assert measured.of_round(rhythm, 0.5, 1.0, True) == pytest.approx(0.9 + 0.25)
+        assert measured.of_round(slots, drafts, num_turns, True) == pytest.approx(0.9 + 0.25)
 
 
 def test_costs_of_fewer_rows_lie_between():
@@ -583,7 +673,7 @@ def test_costs_are_measured_once(monkeypatch):
         calls.append((model, rows, num_cached))
         return costs(0.02).of_rows(rows)
 
-    monkeypatch.setattr(generation_pace, "measure_costs", measured)
+    monkeypatch.setattr(generation_costs, "measure_costs", measured)
     for rows in (1, 3, 4):
         model.generate(max_new_tokens=8, lossless=True, num_return_sequences=rows)
         model.generate(max_new_tokens=8, lossless=True, num_return_sequences=rows, draft_length=3)
@@ -596,9 +686,9 @@ def test_several_processes_measure_nothing(monkeypatch):
     """Each would find something else, and they have to feed a model that they share alike."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert paces_of(randomized_model(), "auto", 3, 9, None) == [Pace(None, NOMINAL_COSTS)]
+    assert paces_of(randomized_model(), "auto", 3, 9, None) == [(Pace(None, NOMINAL_COSTS), Pace(None, NOMINAL_COSTS))]
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    assert paces_of(randomized_model(), "auto", 3, 9, None) != [Pace(None, NOMINAL_COSTS)]
+    assert paces_of(randomized_model(), "auto", 3, 9, None) != [(Pace(None, NOMINAL_COSTS), Pace(None, NOMINAL_COSTS))]
 
 
 @pytest.mark.parametrize("rows", [1, 5, 300])
