@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 
 from .generation_canvas import Canvas
+from .generation_convoy import convoys_of
 from .generation_decoding import Decisions, DecodingStrategy, Feed, Outputs
 from .generation_drafting import DrawingTurns
-from .generation_pace import ONE_TOKEN, TRIAL, Pace, Rhythm
+from .generation_pace import Paces
 from .generation_plan import GenerationPlan
 from .generation_sampling import TokenSampler, draw_by_weight, is_drawable, require_drawable
-from .modeling_drafting import MAX_DISTANCE, EsoDraftHead
+from .modeling_drafting import EsoDraftHead
 
 NO_PROPOSALS = torch.empty(0)
 
@@ -49,9 +49,8 @@ class LosslessUnmasking(DecodingStrategy):
         plan: The order of each row; a group is a token.
         sampler: How tokens are chosen, in drafting and in judging alike.
         use_cache: Whether what is decided is cached.
-        paces: How many tokens are drafted, and how many masks are ready where a draft may be refused: for all rows, or
-            for each. Of each pair the first is for slots that are scattered over the text, the second for stretches
-            of it, whose drafts meet with another fate.
+        paces: How many tokens are drafted, and how many masks are ready where a draft may be refused: those of all
+            rows, or of each one.
         head: The draft head, which lets the tokens of a draft know one another; None: they do not.
     """
 
@@ -61,22 +60,13 @@ class LosslessUnmasking(DecodingStrategy):
         plan: GenerationPlan,
         sampler: TokenSampler,
         use_cache: bool,
-        paces: list[tuple[Pace, Pace]],
+        paces: list[Paces],
         head: EsoDraftHead | None,
     ):
         self.canvas, self.plan, self.sampler, self.use_cache = canvas, plan, sampler, use_cache
-        self.paces, self.head = paces, head
-        rows = range(canvas.batch)
-        self.rows_of_paces = [range(row, row + 1) for row in rows] if len(paces) == canvas.batch else [rows]
-        self.order = plan.order
-        self.ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
-        # Whether the drafts behind each slot are of a stretch of the text, and how far that stays so, which no draft
-        # goes beyond; drafts of a fixed length do not care.
-        positions = canvas.text_positions.gather(1, plan.order)
-        is_fixed = paces[0][0].draft_length is not None
-        self.is_stretch, self.stays_until = _stretches(
-            torch.zeros_like(positions) if is_fixed else positions, self.ends
-        )
+        self.head, self.order = head, plan.order
+        ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
+        self.convoys = convoys_of(paces, canvas.text_positions.gather(1, plan.order), ends)
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)
         self.cached = [len(columns) for columns in canvas.cached_columns]
@@ -86,13 +76,10 @@ class LosslessUnmasking(DecodingStrategy):
         # Whether the drafts are on trial; and if those of the forward before were, the q of each row.
         self.is_trial = False
         self.tried: list[torch.Tensor] = []
-        # Of each row, whether its next drafts are of a stretch of the text, and whether those are that are judged now.
-        self.of_stretch, self.judged_of_stretch = ([False] * canvas.batch for _ in range(2))
         # Of each row, the masks of each group; and where in the logits of a forward the groups begin.
         self.widths: list[list[int]] = [[] for _ in range(canvas.batch)]
         self.first_masks: list[list[int]] = [[] for _ in range(canvas.batch)]
-        # When the round has begun; and whether it has drafts, and how long it takes by the costs, if that is known.
-        self.started, self.expected = 0.0, (False, 0.0)
+        self.started = 0.0  # when the round has begun, in seconds
         self.num_forwards, self.num_offered, self.num_accepted = ([0] * canvas.batch for _ in range(3))
 
     def next_feed(self) -> Feed:
@@ -101,31 +88,35 @@ class LosslessUnmasking(DecodingStrategy):
         is_idle = canvas.idle_rows(in_lockstep=False)
         if self.is_trial:
             self.tried, self.drafts = [*self.proposals], [[] for _ in range(canvas.batch)]
-        rhythms, limits = self._choose_rhythms([row for row in range(canvas.batch) if not is_idle[row]])
+        active = [row for row in range(canvas.batch) if not is_idle[row]]
+        for convoy in self.convoys:
+            convoy.choose(active, self.decided, self.drafts, may_try=not self.tried)
+        self.is_trial = any(convoy.is_trial for convoy in self.convoys)
         has_drafts, num_masks = any(self.drafts), 0
         for row in range(canvas.batch):
+            convoy = self.convoys[row % len(self.convoys)]
             self.widths[row] = []
-            if row not in rhythms:
+            if row not in convoy.rhythms:
                 self.drafts[row] = []
                 fed.append(_Fed([], [], [], 0))
                 continue
+            rhythm = convoy.rhythms[row]
             num_drafts, decided, cached = len(self.drafts[row]), self.decided[row], self.cached[row]
             self.num_forwards[row] += 1
             self.num_offered[row] += num_drafts
             if not has_drafts:
-                width = min(rhythms[row].length, limits[row] - decided, self.stays_until[row][decided] - decided)
+                width = min(rhythm.length, convoy.room(row, decided))
                 fed.append(_Fed([*range(cached, decided + width)], [], [], decided - cached))
                 self.widths[row], self.first_masks[row] = [width], [num_masks]
                 num_masks += width
                 continue
             content = range(cached, decided + num_drafts)
             slots, horizon, first = [*content], [*range(1, len(content) + 1)], [*range(len(content))]
-            rhythm = rhythms[row]
             longest_before = 1 + rhythm.behind_refusal(num_drafts)
             for end in range(num_drafts + 1):
                 longest = rhythm.length if end == num_drafts else longest_before
                 start = decided + end
-                width = min(longest, limits[row] - start, self.stays_until[row][start] - start)
+                width = min(longest, convoy.room(row, start))
                 first += [len(slots)] * width
                 horizon += [start - cached] * width
                 slots += range(start, start + width)
@@ -162,84 +153,6 @@ class LosslessUnmasking(DecodingStrategy):
             first_mask=visibility[1],
         )
 
-    def _choose_rhythms(self, active: list[int]) -> tuple[dict[int, Rhythm], list[int]]:
-        """Of each row that takes part in the next forward; and up to which slot each may draft.
-
-        Rows in step are faster than rows apart. So where one token a forward is best, those ahead wait, if there is a
-        place where all can meet, while those behind draft what pays for a few.
-        """
-        rhythms: dict[int, Rhythm] = {}
-        limits = list(self.ends)
-        self.judged_of_stretch = [*self.of_stretch]
-        for row in active:
-            self.of_stretch[row] = self.is_stretch[row][self.decided[row]]
-        for paces, rows in zip(self.paces, self.rows_of_paces, strict=True):
-            taking_part = [row for row in active if row in rows]
-            if not taking_part:
-                continue
-            # With drafts waiting they are as good as apart.
-            are_in_step = len(taking_part) > 1 and len({self.decided[row] for row in taking_part}) == 1
-            are_in_step = are_in_step and not any(self.drafts[row] for row in taking_part)
-            # What concerns all of them is decided for most of them.
-            most = sum(self.of_stretch[row] for row in taking_part) * 2 > len(taking_part)
-            pace, other = paces[most], paces[not most]
-            # Rows with a pace each are never in step.
-            self.is_trial = False
-            if are_in_step and not pace.may_part(len(taking_part)):
-                rhythms |= dict.fromkeys(taking_part, ONE_TOKEN)
-                self.expected = False, pace.seconds
-                continue
-            self.is_trial = not self.tried and pace.wants_trial(are_in_step)
-            if self.is_trial:
-                rhythms |= dict.fromkeys(taking_part, TRIAL)
-                self.expected = True, 0.0
-                continue
-            usually_left = self._usually_left(taking_part, other) if are_in_step else 1
-            # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.
-            meeting_place = self._meeting_place(taking_part) if pace.draft_length is None else None
-            rhythm = pace.rhythm(len(taking_part), are_in_step, meeting_place is not None, usually_left)
-            if rhythm.length == 1 and meeting_place is not None and not self._has_drafts_behind(meeting_place):
-                taking_part = [row for row in taking_part if self.decided[row] < meeting_place]
-                rhythm = pace.rhythm(len(taking_part))
-                for row in taking_part:
-                    limits[row] = min(limits[row], meeting_place)
-            rhythms |= dict.fromkeys(taking_part, rhythm)
-            others = [row for row in taking_part if self.of_stretch[row] != most]
-            if not others or (are_in_step and rhythm.length == 1):
-                # What rows apart take without drafts says nothing of those with drafts, nor of rows in step.
-                is_known = rhythm.length > 1 or are_in_step or len(taking_part) == 1
-                self.expected = rhythm.length > 1, pace.seconds * is_known
-                continue
-            rhythms |= dict.fromkeys(others, other.rhythm(len(taking_part)))
-            share = len(others) / len(taking_part)
-            self.expected = True, (1 - share) * pace.seconds + share * other.seconds
-        return rhythms, limits
-
-    def _usually_left(self, rows: list[int], other: Pace) -> int:
-        """How many tokens of most rows drafts will do as well for as now, or by the other pace well enough."""
-        goes_on = other.draft_length is None and other.rhythm(len(rows), can_meet=True).length > 1
-        until = [self.ends[row] if goes_on else self.stays_until[row][self.decided[row]] for row in rows]
-        left = sorted(until[index] - self.decided[row] for index, row in enumerate(rows))
-        return left[len(left) // 2]
-
-    def _meeting_place(self, rows: list[int]) -> int | None:
-        """The slot at which rows apart can stand in step: where those ahead are.
-
-        None where to wait for the others would take more forwards, of a token each, than to go on apart.
-        """
-        if len({self.decided[row] for row in rows}) < 2:
-            return None
-        place = max(self.decided[row] for row in rows)
-        left_apart = max(self.ends[row] - self.decided[row] for row in rows)
-        left_behind = max(min(place, self.ends[row]) - self.decided[row] for row in rows)
-        left_in_step = max(self.ends[row] - place for row in rows)
-        return place if left_behind + left_in_step <= left_apart else None
-
-    def _has_drafts_behind(self, place: int) -> bool:
-        return any(
-            decided + len(drafts) > place for decided, drafts in zip(self.decided, self.drafts, strict=True) if drafts
-        )
-
     def statistics(self) -> dict[str, list[int]]:
         return {
             "forwards_per_row": self.num_forwards,
@@ -259,7 +172,9 @@ class LosslessUnmasking(DecodingStrategy):
                 self.num_accepted[row] += count
             self.drafts[row] = []
         drawn, turns, expected = self._draft(outputs, first_masks, widths, is_refused, step)
-        self._tell_paces(accepted, is_refused, expected, turns)
+        seconds = time.perf_counter() - self.started
+        for convoy in self.convoys:
+            convoy.note(accepted, is_refused, expected, self.drafts, turns, seconds)
         decisions += drawn
         if len(decisions) == 1:
             return decisions[0]
@@ -269,40 +184,6 @@ class LosslessUnmasking(DecodingStrategy):
             scores=torch.cat([decision.scores for decision in decisions]),
             logits=torch.cat([decision.logits for decision in decisions]),
         )
-
-    def _tell_paces(
-        self,
-        accepted: list[int],
-        is_refused: list[bool],
-        expected: dict[int, float],
-        turns: int,
-    ) -> None:
-        """What each pace learns of a round, by the rows that go by it; and what it took, against the costs."""
-        drift = None if self.paces[0][0].costs is None else self.paces[0][0].costs.drift
-        has_drafts, expected_seconds = self.expected
-        if drift is not None and expected_seconds > 0 and (has_drafts or (not any(is_refused) and not any(accepted))):
-            drift.note(has_drafts, (time.perf_counter() - self.started) / expected_seconds)
-        was_judged = [kept > 0 or refused for kept, refused in zip(accepted, is_refused, strict=True)]
-        for row in expected:
-            was_judged[row] = True
-        for paces, rows in zip(self.paces, self.rows_of_paces, strict=True):
-            longest = max(len(self.drafts[row]) for row in rows)
-            for kind, pace in enumerate(paces):
-                judged = [row for row in rows if self.judged_of_stretch[row] == kind and was_judged[row]]
-                drawn = [row for row in rows if self.widths[row] and self.of_stretch[row] == kind]
-                if not judged and not drawn:
-                    continue
-                tried = [expected[row] for row in judged if row in expected]
-                kept = sum(accepted[row] for row in judged)
-                drafted = max((len(self.drafts[row]) for row in drawn), default=0)
-                pace.note(
-                    offered=kept + sum(is_refused[row] for row in judged) + len(tried),
-                    accepted=kept + sum(tried),
-                    # In how many turns a draft is drawn is seen where the longest one is.
-                    drawn=drafted if drafted == longest else 0,
-                    turns=turns if drafted == longest else 0,
-                    is_trial=len(tried) > 0,
-                )
 
     def _judge(self, logits: torch.Tensor, step: int) -> tuple[list[Decisions], list[int], list[bool]]:
         """Decides the drafts up to the first refusal of each row, and the token in place of that one.
@@ -450,29 +331,6 @@ class LosslessUnmasking(DecodingStrategy):
         log_probs = logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(dim=-1)
         self.canvas.reveal(rows, columns, tokens.tolist(), log_probs.tolist(), step)
         return Decisions(rows, columns, scores, logits)
-
-
-def _stretches(positions: torch.Tensor, ends: list[int]) -> tuple[list[list[bool]], list[list[int]]]:
-    """Where a text is written from left to right.
-
-    Args:
-        positions: (batch, length), of the tokens in generation order.
-        ends: Of each row, how many of them there are.
-
-    Returns:
-        Of each row and slot, whether each of the two slots behind it stands a little to the right of the one before,
-        as in the sequential phase, which passes over what is known (the last two are as the one before); and the slot
-        up to which that stays as it is, the end of the text counted as a slot.
-    """
-    length = positions.shape[1]
-    slots, last = torch.arange(length), torch.tensor(ends)[:, None]
-    steps = F.pad(positions, (0, 2), value=-1).diff(dim=-1)
-    goes_on = (steps > 0) & (steps <= MAX_DISTANCE)
-    is_stretch = goes_on[:, :-1] & goes_on[:, 1:] & (slots < last - 2)
-    is_stretch = is_stretch.gather(1, slots.minimum((last - 3).clamp(min=0)))
-    changes = F.pad(is_stretch.diff(dim=-1), (0, 1))
-    until = torch.where(changes & (slots < last - 1), slots + 1, length)
-    return is_stretch.tolist(), F.pad(until.flip(-1).cummin(dim=-1).values.flip(-1), (0, 1), value=length).tolist()
 
 
 def _at(tensor: torch.Tensor, index: list[int]) -> torch.Tensor:

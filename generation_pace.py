@@ -131,10 +131,9 @@ class Pace:
         rhythm, self.seconds = self._best(rows, lucky, self._turns_a_draft(0), GAIN_TO_STAY_APART)
         return rhythm.length > 1
 
-    def wants_trial(self, are_in_step: bool) -> bool:
+    def wants_trial(self) -> bool:
         """Whether drafts of rows at the same place should be tried, but not kept, before it is left for them."""
-        is_clear = self.judged >= 1 and self.num_trials >= NUM_TRIALS
-        return self.draft_length is None and are_in_step and not is_clear
+        return self.draft_length is None and (self.judged < 1 or self.num_trials < NUM_TRIALS)
 
     def rhythm(self, rows: int, are_in_step: bool = False, can_meet: bool = False, left: int = 1) -> Rhythm:
         """That of the next forward.
@@ -187,13 +186,16 @@ class Pace:
         self.num_trials += is_trial
 
 
+Paces = tuple[Pace, Pace]
+"""The pace for slots that are scattered over the text, and that for stretches of it, whose drafts fare otherwise."""
+
+
 def paces_of(
     model: EsoLM, draft_length: int | Literal["auto"], rows: int, length: int, generator: Generators
-) -> list[tuple[Pace, Pace]]:
+) -> list[Paces]:
     """Paces for all rows, at the costs of the model where it is; or for each row with a generator of its own.
 
-    Two of them: for slots that are scattered over the text, and for stretches of it. Costs are nominal with generators
-    for each row, and where there are several processes.
+    Costs are nominal with generators for each row, and where there are several processes.
 
     Args:
         model: Ready to decode.

@@ -1,7 +1,6 @@
 """Lossless decoding draws what one-token sampling would draw: counted, against probabilities worked out one by one."""
 
 import itertools
-from types import SimpleNamespace
 
 import numpy
 import pytest
@@ -12,6 +11,7 @@ from tiny_models import random_batch, randomized_model
 from transformers import LogitsProcessor
 
 from eso_lm import generation_costs, generation_lossless, generation_pace
+from eso_lm.generation_convoy import find_stretches, meeting_place
 from eso_lm.generation_costs import (
     MAX_SLOTS_MEASURED,
     NOMINAL_COSTS,
@@ -20,7 +20,7 @@ from eso_lm.generation_costs import (
     Drift,
     measure_costs,
 )
-from eso_lm.generation_lossless import LosslessUnmasking, _stretches
+from eso_lm.generation_lossless import LosslessUnmasking
 from eso_lm.generation_order import plan_generation
 from eso_lm.generation_pace import (
     GAIN_TO_STAY_APART,
@@ -437,7 +437,7 @@ def test_rows_part_for_a_clear_gain_only():
         lengths.append([pace.rhythm(8, are_in_step=True, left=left).length for left in (10, 200)])
     assert lengths[0] == [1, 1]
     assert lengths[-1][0] == 1 < lengths[-1][1]
-    assert not pace.wants_trial(are_in_step=True)
+    assert not pace.wants_trial()
     assert gain_to_part(4, 10) > gain_to_part(4, 200) > GAIN_TO_STAY_APART
 
 
@@ -468,7 +468,7 @@ def test_stretches_of_a_text(ends, seed):
     generator = torch.Generator().manual_seed(seed)
     positions = torch.stack([torch.randperm(max(ends), generator=generator) for _ in ends])
     positions[:, max(ends) // 3 :] = positions[:, max(ends) // 3 :].sort(dim=-1).values
-    is_stretch, stays_until = _stretches(positions, ends)
+    is_stretch, stays_until = find_stretches(positions, ends)
     for row, (places, end) in enumerate(zip(positions.tolist(), ends, strict=True)):
         for slot in range(end):
             at = min(slot, end - 3)  # the last two go by the one before
@@ -486,7 +486,7 @@ def test_stretches_have_a_pace_of_their_own(monkeypatch):
     judge, rhythm = LosslessUnmasking._judge, Pace.rhythm
 
     def accepts(p, q, uniform):
-        return torch.full_like(uniform, not judged[0].judged_of_stretch[0]).bool()
+        return torch.full_like(uniform, not judged[0].convoys[0].judged_of_stretch.get(0)).bool()
 
     judged = []
 
@@ -545,7 +545,7 @@ def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
     monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: costs(1.0))
     monkeypatch.setattr(Pace, "may_part", lambda self, rows: True)
     monkeypatch.setattr(Pace, "note", lambda self, **round_: noted.append(round_))
-    monkeypatch.setattr(Pace, "wants_trial", lambda self, are_in_step: are_in_step)
+    monkeypatch.setattr(Pace, "wants_trial", lambda self: True)
     settings = {"num_return_sequences": rows, "max_new_tokens": LENGTH, "return_dict_in_generate": True}
     output = language.generate(lossless=True, alpha_0=0.0, **settings)
     assert output.num_function_evaluations == LENGTH
@@ -575,7 +575,7 @@ def drafts_at_first(monkeypatch):
         all_rows.append(rows)
         return Rhythm(3, 1) if len(all_rows) <= 2 or rows < all_rows[0] else Rhythm(1, 0)
 
-    monkeypatch.setattr(Pace, "wants_trial", lambda self, are_in_step: False)
+    monkeypatch.setattr(Pace, "wants_trial", lambda self: False)
     monkeypatch.setattr(Pace, "rhythm", rhythm)
     monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: NOMINAL_COSTS)
 
@@ -627,7 +627,7 @@ def test_rows_meet_where_that_takes_no_more_forwards(rows):
     """Against both ways, followed forward by forward."""
     decided = [start for start, _ in rows]
     ends = [start + left for start, left in rows]
-    place = LosslessUnmasking._meeting_place(SimpleNamespace(decided=decided, ends=ends), range(len(rows)))
+    place = meeting_place(list(range(len(rows))), decided, ends)
     ahead = max(decided)
 
     def num_forwards(waits: bool) -> int:
