@@ -6,6 +6,9 @@ import torch.nn.functional as F
 from .generation_pace import ONE_TOKEN, TRIAL, Pace, Paces, Rhythm
 from .modeling_drafting import MAX_DISTANCE
 
+ROUNDS_TO_REST = 8
+"""Forwards of one token for which rows in step do not ask again whether to part."""
+
 
 class Convoy:
     """Chooses what some rows feed to the next forward of lossless decoding.
@@ -42,6 +45,8 @@ class Convoy:
         # Of rows that take part, whether the next drafts are of a stretch, and whether those are that are judged now.
         self.of_stretch: dict[int, bool] = {}
         self.judged_of_stretch: dict[int, bool] = {}
+        # Forwards for which rows in step stay there.
+        self.num_rests = 0
         # Whether the round has drafts, and how long it takes by the costs; 0: nobody knows.
         self.expected = (False, 0.0)
 
@@ -71,14 +76,18 @@ class Convoy:
         # With drafts waiting they are as good as apart.
         are_in_step = len(rows) > 1 and len({(decided[row], len(drafts[row])) for row in rows}) == 1
         are_in_step = are_in_step and not drafts[rows[0]]
-        if are_in_step and pace.may_part(len(rows)):
-            self.is_trial = may_try and pace.wants_trial()
-        if self.is_trial:
+        self.num_rests = self.num_rests - 1 if are_in_step and self.num_rests > 0 else 0
+        if self.num_rests > 0:
+            self._follow(rows, ONE_TOKEN, pace, other, are_in_step=True)
+        elif are_in_step and may_try and pace.may_part(len(rows)) and pace.wants_trial():
+            self.is_trial = True
             self.rhythms = dict.fromkeys(rows, TRIAL)
         elif are_in_step:
             rhythm = ONE_TOKEN
             if pace.may_part(len(rows)):
                 rhythm = pace.rhythm(len(rows), are_in_step=True, left=self._usually_left(rows, decided, other))
+            # After a trial there is something to be learned at once.
+            self.num_rests = ROUNDS_TO_REST if rhythm == ONE_TOKEN and may_try else 0
             self._follow(rows, rhythm, pace, other, are_in_step=True)
         else:
             # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.
