@@ -30,7 +30,7 @@ from .generation_transformers import (
     require_sampling,
 )
 from .generation_unmasking import ParallelUnmasking
-from .modeling_drafting import EsoDraftHead
+from .modeling_drafting import EsoDraftHead, require_draft_head
 from .validation import require_attention_mask, require_shape, require_token_ids, to_python
 
 
@@ -238,12 +238,9 @@ class EsoGenerationMixin(FittedGenerationMixin):
     def draft_head_for(self, generation_config: EsoGenerationConfig | None) -> EsoDraftHead | None:
         """The draft head, if there is one and it is not switched off."""
         wanted = None if generation_config is None else generation_config.use_draft_head
-        if wanted and self.draft_head is None:
-            raise ValueError(
-                "`use_draft_head=True`, given or of the generation config, asks for a draft head, and the model has "
-                "none: unset it, or load the model with `from_pretrained(..., draft_rank=128)` and train the head "
-                "(examples/train_draft_head.py)."
-            )
+        if wanted:
+            reason = "`use_draft_head=True`, given or of the generation config, asks for a draft head (unset it)"
+            return require_draft_head(self, reason)
         return None if wanted is False else self.draft_head
 
     def _make_decoder(

@@ -115,8 +115,8 @@ class Convoy:
         self.expected = True, (1 - share) * pace.seconds + share * other.seconds
 
     def _usually_left(self, rows: list[int], decided: list[int], other: Pace) -> int:
-        """How many tokens of most rows drafts will do as well for as now, or by the other pace well enough."""
-        goes_on = other.draft_length is None and other.rhythm(len(rows), can_meet=True).length > 1
+        """How many tokens of most rows drafts will do as well for as now, or, as has been seen, well enough."""
+        goes_on = other.judged > 1 and other.rhythm(len(rows), can_meet=True).length > 1
         left = [(self.ends[row] if goes_on else self.stays_until[row][decided[row]]) - decided[row] for row in rows]
         return sorted(left)[len(left) // 2]
 

@@ -175,7 +175,7 @@ def draft_loss(
     Raises:
         ValueError: without a head, and for drafts that begin behind a slot of theirs.
     """
-    head = require_draft_head(model)
+    head = require_draft_head(model, "A batch with `draft_starts` trains a draft head")
     own = torch.arange(labels.shape[1], device=labels.device)
     is_drawn = labels != IGNORED_LABEL
     tokens = torch.where(is_drawn, labels, input_ids)
@@ -200,15 +200,19 @@ def draft_loss(
     return divergence / (is_drawn.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
-def require_draft_head(model: EsoLM) -> EsoDraftHead:
+def require_draft_head(model: EsoLM, reason: str) -> EsoDraftHead:
     """The draft head of a model.
+
+    Args:
+        model: An `EsoForMaskedDiffusion`.
+        reason: What asks for it, as the error begins.
 
     Raises:
         ValueError: when it has none.
     """
     if model.draft_head is None:
         raise ValueError(
-            "The model has no draft head: load it with `from_pretrained(..., draft_rank=128)`, and train the head "
-            "(examples/train_draft_head.py)."
+            f"{reason}, and the model has no draft head: load it with `from_pretrained(..., draft_rank=128)`, and "
+            f"train the head (examples/train_draft_head.py)."
         )
     return model.draft_head
