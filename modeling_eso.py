@@ -279,7 +279,7 @@ class EsoModel(EsoPreTrainedModel):
 
 
 class EsoForMaskedDiffusion(
-    EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoodMixin, EsoInferenceMixin, EsoAdaptationMixin
+    EsoInferenceMixin, EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoodMixin, EsoAdaptationMixin
 ):
     """An Eso-LM: the backbone with a head that predicts every slot's own token.
 

@@ -1,7 +1,9 @@
 """A model that is ready to decode: what forwards of a few slots gain from weights that do not change meanwhile."""
 
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,10 @@ MAX_PACKED_BYTES = 8 * 2**30
 """Memory for packed weights of a model, which are copies: layers beyond it keep to their weights alone."""
 
 
+_CHANGING_MODELS = threading.Lock()
+"""Held while a model is made ready to decode, or is put back as it was."""
+
+
 class DecodingLinear(nn.Linear):
     """A linear layer for decoding steps on the CPU.
 
@@ -49,7 +55,7 @@ class DecodingLinear(nn.Linear):
     """The packed weight, and the bias."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super().forward(inputs)
         rows = inputs.numel() // max(inputs.shape[-1], 1)
         is_worth_it = inputs.numel() * self.out_features >= MIN_PACKED_PRODUCT
@@ -70,6 +76,12 @@ class DecodingLinear(nn.Linear):
             self.rows_to_pack = None
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), None), self.bias
 
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        """A copy is a linear layer like any other: nobody would tell it when the weights begin to change."""
+        own = ("packed", "rows_to_pack")
+        state = {name: value for name, value in self.__getstate__().items() if name not in own}
+        return _linear_without_state, (), state
+
     def _is_large(self, inputs: torch.Tensor) -> bool:
         weight = self.weight
         return weight.numel() >= MIN_LARGE_WEIGHT and inputs.dtype == weight.dtype == torch.float32
@@ -84,6 +96,10 @@ class DecodingLinear(nn.Linear):
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.reshape(*inputs.shape[:-1], -1)
+
+
+def _linear_without_state() -> nn.Linear:
+    return nn.Linear.__new__(nn.Linear)
 
 
 def _number_of_rows_that_is_fast(rows: int) -> int:
@@ -140,6 +156,8 @@ class EsoInferenceMixin(EsoLM):
     """Lets an Eso-LM be made ready to decode, for as long as a context lasts."""
 
     is_ready_to_decode = False
+    _num_decoding = 0
+    """Calls, of any thread, that count on it."""
 
     @contextmanager
     def ready_to_decode(self) -> Iterator[None]:
@@ -147,19 +165,31 @@ class EsoInferenceMixin(EsoLM):
 
         Every shift, scale and gate is computed once, and on the CPU products run at the speed of memory, by a copy of
         the weights (of up to 8 GiB) that is made after some forwards and given back at the end. Around many calls of
-        `generate` or `log_likelihood` all this is done once.
+        `generate` or `log_likelihood`, one after the other or in several threads, all this is done once. Forwards with
+        gradients are as ever, and so are copies of the model.
         """
-        if self.is_ready_to_decode:
-            yield
-            return
-        is_own = self.config.backbone_config is None
-        fast_network = folded_modulations(self.model) if is_own else grouped_attention(self.model)
-        self.is_ready_to_decode = True
+        with _CHANGING_MODELS:
+            if self._num_decoding == 0:
+                with ExitStack() as stack:
+                    is_own = self.config.backbone_config is None
+                    stack.enter_context(folded_modulations(self.model) if is_own else grouped_attention(self.model))
+                    stack.enter_context(fast_products(self))
+                    self._ends_decoding = stack.pop_all()
+                self.is_ready_to_decode = True
+            self._num_decoding += 1
         try:
-            with fast_network, fast_products(self):
-                yield
+            yield
         finally:
-            self.is_ready_to_decode = False
+            with _CHANGING_MODELS:
+                self._num_decoding -= 1
+                if self._num_decoding == 0:
+                    self.is_ready_to_decode = False
+                    self._ends_decoding.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is not ready to decode."""
+        own = ("is_ready_to_decode", "_num_decoding", "_ends_decoding")
+        return {name: value for name, value in super().__getstate__().items() if name not in own}
 
     @property
     def takes_packed_rows(self) -> bool:

@@ -14,7 +14,17 @@ from torch import nn
 from .configuration_eso import EsoConfig
 
 
-class EsoTimestepEmbedding(nn.Module):
+class _Folding(nn.Module):
+    """Keeps what it gives, a constant of the weights, while these do not change and no gradients are asked for."""
+
+    folded: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has nothing folded: nobody would tell it when the weights begin to change."""
+        return {name: value for name, value in super().__getstate__().items() if name not in ("folded", "is_folding")}
+
+
+class EsoTimestepEmbedding(_Folding):
     """The conditioning vector c = SiLU(MLP(sinusoid(sigma))), (cond_dim,).
 
     sigma is always 0 (the model does not depend on time), where the sinusoid is 1 in its cosine half and 0 in its
@@ -30,13 +40,15 @@ class EsoTimestepEmbedding(nn.Module):
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
         """The vector, of the type of `like`."""
+        if self.folded is not None and not torch.is_grad_enabled():
+            return self.folded
         weight = self.in_proj.weight
         sinusoid = torch.zeros(1, self.sinusoid_width, dtype=weight.dtype, device=weight.device)
         sinusoid[:, : self.sinusoid_width // 2] = 1
         return F.silu(self.out_proj(F.silu(self.in_proj(sinusoid))))[0].to(like.dtype)
 
 
-class EsoModulation(nn.Linear):
+class EsoModulation(_Folding, nn.Linear):
     """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates).
 
     A linear layer like any other, but for its initialisation at zero. `folded_modulations` keeps its output, a
@@ -45,17 +57,20 @@ class EsoModulation(nn.Linear):
 
     def __init__(self, config: EsoConfig, num_vectors: int):
         super().__init__(config.cond_dim, num_vectors * config.hidden_size)
-        self.folded: torch.Tensor | None = None
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        return super().forward(conditioning) if self.folded is None else self.folded
+        if self.folded is not None and not torch.is_grad_enabled():
+            return self.folded
+        return super().forward(conditioning)
 
 
-class EsoLayerNorm(nn.Module):
+class EsoLayerNorm(_Folding):
     """LayerNorm with a weight and no bias, modulated: LN(x) * (1 + scale) + shift, in float32.
 
     Scale and shift are constants of the weights, so they join the norm's own weight and bias in one kernel.
     """
+
+    is_folding = False
 
     def __init__(self, config: EsoConfig):
         super().__init__()
@@ -63,23 +78,34 @@ class EsoLayerNorm(nn.Module):
         self.eps = config.layer_norm_eps
 
     def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.float() * (1 + scale.float())
-        normed = F.layer_norm(hidden_states.float(), weight.shape, weight, shift.float(), self.eps)
-        return normed.to(hidden_states.dtype)
+        folded = None if torch.is_grad_enabled() else self.folded
+        if folded is None:
+            folded = self.weight.float() * (1 + scale.float()), shift.float()
+            if self.is_folding and not torch.is_grad_enabled():
+                self.folded = folded
+        weight, bias = folded
+        return F.layer_norm(hidden_states.float(), weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
 
 
 @contextmanager
 def folded_modulations(backbone: Any) -> Iterator[None]:
-    """Computes every shift, scale and gate of an `EsoModel` once, for as long as the context lasts.
+    """Computes what an `EsoModel` does with its modulations once, for as long as the context lasts.
 
     The weights must not change inside.
     """
+    embedding = backbone.timestep_embedding
     modulations = [module for module in backbone.modules() if isinstance(module, EsoModulation)]
-    conditioning = backbone.timestep_embedding(backbone.norm.weight)
-    for modulation in modulations:
-        modulation.folded = modulation(conditioning)
+    norms = [module for module in backbone.modules() if isinstance(module, EsoLayerNorm)]
     try:
+        with torch.no_grad():
+            embedding.folded = embedding(backbone.norm.weight)
+            for modulation in modulations:
+                modulation.folded = modulation(embedding.folded)
+        for norm in norms:
+            norm.is_folding = True
         yield
     finally:
-        for modulation in modulations:
-            modulation.folded = None
+        for norm in norms:
+            norm.is_folding = False
+        for module in (embedding, *modulations, *norms):
+            module.folded = None

@@ -1,11 +1,16 @@
 """What makes decoding fast must not change what is decoded."""
 
+import contextlib
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import random_batch, randomized_model
+from tiny_models import backbone_config, random_batch, randomized_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -23,6 +28,10 @@ from eso_lm.modeling_inference import (
 )
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def model_of(backbone: str | None):
+    return randomized_model(backbone_config=None if backbone is None else backbone_config(backbone))
 
 
 @settings(max_examples=60, deadline=None)
@@ -124,14 +133,88 @@ def test_folded_modulations_change_nothing_and_are_forgotten():
     expected = model(text).logits
     with model.ready_to_decode():
         torch.testing.assert_close(model(text).logits, expected, atol=1e-4, rtol=0)
-        folded = [module.folded for module in model.modules() if isinstance(module, EsoModulation)]
-        assert len(folded) == 3
+        folded = [module.folded for module in model.modules() if hasattr(module, "folded")]
+        assert len(folded) == 1 + 3 + 5  # the conditioning vector, modulations and norms
         assert all(vectors is not None for vectors in folded)
+        torch.testing.assert_close(model(text).logits, expected, atol=1e-4, rtol=0)
     for module in model.modules():
         assert getattr(module, "folded", None) is None
     for parameter in model.parameters():
         parameter.mul_(0.5)
     assert not torch.equal(model(text).logits, expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("backbone", [None, "llama"])
+def test_copies_made_meanwhile_follow_their_weights(copied, backbone, monkeypatch):
+    """Modulations, norms and packed weights of a copy are no longer constants."""
+    monkeypatch.setattr(modeling_inference, "MIN_PACKED_WEIGHT", 1)
+    monkeypatch.setattr(modeling_inference, "MIN_PACKED_PRODUCT", 1)
+    model = model_of(backbone)
+    text = torch.randint(3, 20, (8, 20))
+    with model.ready_to_decode():
+        with torch.no_grad():
+            model(text)
+        assert not HAS_ONEDNN or model.lm_head.packed is not None
+        other = copied(model)
+    assert not other.is_ready_to_decode
+    assert type(other.lm_head) is torch.nn.Linear
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(0.5)
+        fresh = copy.deepcopy(model)
+        fresh.load_state_dict(other.state_dict())
+        torch.testing.assert_close(other(text).logits, fresh(text).logits)
+
+
+def test_forwards_with_gradients_are_as_ever_meanwhile():
+    model = randomized_model()
+    text = torch.randint(3, 20, (2, 6))
+    gradients = []
+    for is_ready in (False, True):
+        with model.ready_to_decode() if is_ready else contextlib.nullcontext():
+            for _ in range(2):
+                model.zero_grad()
+                model(text).logits.logsumexp(dim=-1).sum().backward()
+                gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients[0])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0])
+
+
+@pytest.mark.parametrize("backbone", [None, "llama"])
+def test_threads_share_a_model_that_is_ready_to_decode(backbone):
+    """Whoever comes first makes it ready, whoever goes last puts it back; no one waits for another."""
+    model = model_of(backbone)
+    before = [type(module) for module in model.modules()]
+    implementation = model.model.config._attn_implementation
+    prompts, attention_mask = random_batch(model, 3, 6), torch.ones(3, 6, dtype=torch.long)
+    attention_mask[0, :4] = attention_mask[1, :2] = 0
+
+    def generate(seed: int) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(3 * seed + row) for row in range(3)]
+        settings = {"max_new_tokens": 3 + seed % 9, "num_diffusion_steps": 4, "generator": generators}
+        return model.generate(prompts, attention_mask=attention_mask, **settings)
+
+    expected = [generate(seed) for seed in range(40)]
+    with ThreadPoolExecutor(max_workers=5) as threads:
+        found = list(threads.map(generate, range(40)))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert [type(module) for module in model.modules()] == before
+    assert model.model.config._attn_implementation == implementation
+    assert not model.is_ready_to_decode
+
+
+@pytest.mark.skipif(not HAS_ONEDNN, reason="needs oneDNN")
+@torch.no_grad()
+def test_autocast_has_its_way():
+    layers = torch.nn.ModuleList([torch.nn.Linear(512, 512)])
+    inputs = torch.randn(ROWS_TO_PACK, 512)
+    with fast_products(layers):
+        layers[0](inputs)
+        assert layers[0].packed is not None
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layers[0](inputs).dtype == torch.bfloat16
 
 
 def test_a_generation_that_fails_forgets_them_too():
