@@ -132,7 +132,9 @@ def test_folded_modulations_change_nothing_and_are_forgotten():
     text = random_batch(model, 2, 6)
     expected = model(text).logits
     with model.ready_to_decode():
-        torch.testing.assert_close(model(text).logits, expected, atol=1e-4, rtol=0)
+        with model.ready_to_decode():
+            torch.testing.assert_close(model(text).logits, expected, atol=1e-4, rtol=0)
+        assert model.is_ready_to_decode
         folded = [module.folded for module in model.modules() if hasattr(module, "folded")]
         assert len(folded) == 1 + 3 + 5  # the conditioning vector, modulations and norms
         assert all(vectors is not None for vectors in folded)

@@ -11,7 +11,7 @@ from tiny_models import random_batch, randomized_model
 from transformers import LogitsProcessor
 
 from eso_lm import generation_costs, generation_lossless, generation_pace
-from eso_lm.generation_convoy import find_stretches, meeting_place
+from eso_lm.generation_convoy import convoys_of, find_stretches, meeting_place
 from eso_lm.generation_costs import (
     MAX_SLOTS_MEASURED,
     NOMINAL_COSTS,
@@ -615,6 +615,37 @@ def test_rows_ahead_wait_for_those_behind(attention, cache, draft_rank, monkeypa
     assert len(feeds) == output.num_function_evaluations <= length
     exact = model.log_likelihood(output.sequences, orders=output.orders[:, None]).log_likelihood
     torch.testing.assert_close(output.log_probs.sum(dim=-1), exact, atol=1e-3, rtol=0)
+
+
+def test_a_convoy_knows_what_its_drafts_were_of():
+    """Two rows that stand where a stretch begins; drafts are judged a forward after they have been drawn."""
+    positions = torch.tensor([[20, 3, 30, 9, 0, 1, 2, 4, 5, 6]]).repeat(2, 1)
+    scattered, stretch = paces = Pace(None, costs(0.02)), Pace(None, costs(0.02))
+    (convoy,) = convoys_of([paces], positions, ends=[10, 10])
+    assert [convoy.room(0, start) for start in range(10)] == [4, 3, 2, 1, 6, 5, 4, 3, 2, 1]
+    for pace in paces:
+        pace.note(4, 3, 0, 0, is_trial=True)
+    # In step for all to see, but for the drafts that wait to be judged: nothing is put on trial.
+    convoy.choose([0, 1], [2, 2], [[5], [5]], may_try=True)
+    assert not convoy.is_trial
+    convoy.choose([0, 1], [4, 4], [[7], [7]], may_try=True)
+    assert not convoy.is_trial
+    before = scattered.judged, stretch.judged
+    convoy.note([1, 0], [False, True], {}, [[], []], turns=1, seconds=1.0)
+    assert scattered.judged > before[0]
+    assert stretch.judged <= before[1]
+    convoy.choose([0, 1], [5, 5], [[], []], may_try=True)
+    assert convoy.is_trial
+
+
+def test_what_drafts_have_met_with_fades():
+    pace = Pace(None, costs(0.02))
+    for _ in range(100):
+        pace.note(4, 4, 4, 4)
+    longest = pace.rhythm(1).length
+    for _ in range(60):
+        pace.note(4, 0, 1, 1)
+    assert longest >= 16 > 2 >= pace.rhythm(1).length
 
 
 def test_rows_that_wait_are_of_the_exact_distribution(language, drafts_at_first):
