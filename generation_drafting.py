@@ -51,10 +51,11 @@ class DrawingTurns:
             # In the order of the turns, so that each is a slice of them; of all slots too where that is their order.
             order = [slot for turn in self.turns for slot in turn]
             self.are_in_order = order == list(range(len(order)))
-            self.beside = torch.tensor([neighbours[slot][0] for slot in order], device=device)
+            sides = torch.tensor([neighbours[slot] for slot in order], device=device)
+            self.beside, distances = sides.unbind(dim=1)
             self.order = torch.tensor(order, device=device)
-            distances = torch.tensor([neighbours[slot][1] for slot in order], device=device)
-            self.prepared = head.prepare(outputs.states[self.order], distances)
+            states = outputs.states if self.are_in_order else outputs.states[self.order]
+            self.prepared = head.prepare(states, distances)
             self.logits = self.logits.clone()
 
     def __iter__(self) -> Iterator[slice | torch.Tensor]:

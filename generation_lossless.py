@@ -285,7 +285,9 @@ class LosslessUnmasking(DecodingStrategy):
             known_tokens = self.canvas.tokens[[rows[slot] for slot in known], columns[known]].to(device)
         where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]).to(device), [], []
         for turn, slots in enumerate(turns):
-            scores = self.sampler.process(turns.logits[slots], self.canvas, *where[:, slots].tolist())
+            scores = turns.logits[slots]
+            if self.sampler.processors:
+                scores = self.sampler.process(scores, self.canvas, *where[:, slots].tolist())
             q = self.sampler.probabilities(scores)
             turns.tokens[slots] = draw_by_weight(q, uniform[slots])
             if turn == 0 and known:

@@ -47,7 +47,7 @@ from .modeling_backbone import (
     run_backbone,
 )
 from .modeling_drafting import EsoDraftHead, EsoLMOutput, draft_loss
-from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin
+from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin, linear_gelu
 from .modeling_interface import BackboneOutput
 from .modeling_modulation import EsoLayerNorm, EsoModulation, EsoTimestepEmbedding
 from .modeling_objective import hybrid_loss, require_loss_arguments
@@ -112,7 +112,7 @@ class EsoMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.gelu(self.up_proj(hidden_states), approximate="tanh"))
+        return self.down_proj(linear_gelu(self.up_proj, hidden_states))
 
 
 class EsoDecoderLayer(GradientCheckpointingLayer):

@@ -54,20 +54,20 @@ class DecodingLinear(nn.Linear):
     packed: tuple[torch.Tensor, torch.Tensor | None] | None = None
     """The packed weight, and the bias."""
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, has_gelu: bool = False) -> torch.Tensor:
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-            return super().forward(inputs)
-        rows = inputs.numel() // max(inputs.shape[-1], 1)
-        is_worth_it = inputs.numel() * self.out_features >= MIN_PACKED_PRODUCT
-        if self.rows_to_pack is not None and is_worth_it:
-            self._count(rows)
-        if self.packed is not None:
-            weight, bias = self.packed
-            if is_worth_it and inputs.dtype == weight.dtype:
-                return torch.ops.mkldnn._linear_pointwise(inputs, weight, bias, "none", [], "")
-        elif 0 < rows <= MAX_FEW_ROWS and self._is_large(inputs):
-            return self._transposed(inputs, rows)
-        return super().forward(inputs)
+            outputs = super().forward(inputs)
+        else:
+            rows = inputs.numel() // max(inputs.shape[-1], 1)
+            is_worth_it = inputs.numel() * self.out_features >= MIN_PACKED_PRODUCT
+            if self.rows_to_pack is not None and is_worth_it:
+                self._count(rows)
+            if self.packed is not None and is_worth_it and inputs.dtype == self.packed[0].dtype:
+                activation, algorithm = ("gelu", "tanh") if has_gelu else ("none", "")
+                return torch.ops.mkldnn._linear_pointwise(inputs, *self.packed, activation, [], algorithm)
+            is_few_rows = self.packed is None and 0 < rows <= MAX_FEW_ROWS and self._is_large(inputs)
+            outputs = self._transposed(inputs, rows) if is_few_rows else super().forward(inputs)
+        return F.gelu(outputs, approximate="tanh") if has_gelu else outputs
 
     def _count(self, rows: int) -> None:
         assert self.rows_to_pack is not None
@@ -96,6 +96,13 @@ class DecodingLinear(nn.Linear):
         if self.bias is not None:
             outputs = outputs + self.bias
         return outputs.reshape(*inputs.shape[:-1], -1)
+
+
+def linear_gelu(layer: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
+    """GELU (tanh approximation) of what a linear layer gives, of which it is a part while decoding."""
+    if type(layer) is DecodingLinear and not layer._forward_hooks:
+        return layer(inputs, has_gelu=True)
+    return F.gelu(layer(inputs), approximate="tanh")
 
 
 def _linear_without_state() -> nn.Linear:

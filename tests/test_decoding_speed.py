@@ -25,6 +25,7 @@ from eso_lm.modeling_inference import (
     ROWS_TO_PACK,
     DecodingLinear,
     fast_products,
+    linear_gelu,
 )
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
@@ -54,7 +55,7 @@ def test_products_of_a_decoding_step_are_those_of_a_linear_layer(
         layer = holder[0]
         assert type(layer) is DecodingLinear
         layer.rows_to_pack = 1 if is_packed and layer.rows_to_pack else None
-        outputs = layer(inputs)
+        outputs, activated = layer(inputs), linear_gelu(layer, inputs)
         is_large_product = batch * rows * layer.weight.numel() >= MIN_PACKED_PRODUCT
         can_be_packed = dtype != torch.float64 and layer.weight.numel() >= MIN_PACKED_WEIGHT and HAS_ONEDNN
         assert (layer.packed is not None) == (is_packed and can_be_packed and is_large_product and not with_gradients)
@@ -63,6 +64,10 @@ def test_products_of_a_decoding_step_are_those_of_a_linear_layer(
     assert outputs.requires_grad == with_gradients
     tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(outputs, expected, atol=tolerance, rtol=tolerance)
+    with torch.set_grad_enabled(with_gradients):
+        torch.testing.assert_close(
+            activated, F.gelu(expected.double(), approximate="tanh").to(dtype), atol=tolerance, rtol=tolerance
+        )
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="needs oneDNN")
