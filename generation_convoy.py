@@ -77,17 +77,19 @@ class Convoy:
         are_in_step = len(rows) > 1 and len({(decided[row], len(drafts[row])) for row in rows}) == 1
         are_in_step = are_in_step and not drafts[rows[0]]
         self.num_rests = self.num_rests - 1 if are_in_step and self.num_rests > 0 else 0
-        if self.num_rests > 0:
-            self._follow(rows, ONE_TOKEN, pace, other, are_in_step=True)
-        elif are_in_step and may_try and pace.may_part(len(rows)) and pace.wants_trial():
-            self.is_trial = True
-            self.rhythms = dict.fromkeys(rows, TRIAL)
-        elif are_in_step:
+        if are_in_step:
             rhythm = ONE_TOKEN
-            if pace.may_part(len(rows)):
-                rhythm = pace.rhythm(len(rows), are_in_step=True, left=self._usually_left(rows, decided, other))
-            # After a trial there is something to be learned at once.
-            self.num_rests = ROUNDS_TO_REST if rhythm == ONE_TOKEN and may_try else 0
+            if self.num_rests == 0:
+                left = self._usually_left(rows, decided, other)
+                may_part = pace.may_part(len(rows), left)
+                if may_part and may_try and pace.wants_trial():
+                    self.is_trial = True
+                    self.rhythms = dict.fromkeys(rows, TRIAL)
+                    return
+                if may_part:
+                    rhythm = pace.rhythm(len(rows), are_in_step=True, left=left)
+                # After a trial there is something to be learned at once.
+                self.num_rests = ROUNDS_TO_REST if rhythm == ONE_TOKEN and may_try else 0
             self._follow(rows, rhythm, pace, other, are_in_step=True)
         else:
             # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.

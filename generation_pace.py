@@ -123,12 +123,12 @@ class Pace:
 
     hope, discount, slow_discount = 0.85, 0.99, 0.98
 
-    def may_part(self, rows: int) -> bool:
-        """Whether rows at the same place might gain from leaving it, if drafts met with more luck than before."""
+    def may_part(self, rows: int, left: int) -> bool:
+        """Whether rows at the same place might leave it, if drafts met with more luck than before."""
         if self.draft_length is not None:
             return True
         lucky = (self.accepted + LUCKY_DRAFTS) / (self.judged + LUCKY_DRAFTS)
-        rhythm, self.seconds = self._best(rows, lucky, self._turns_a_draft(0), GAIN_TO_STAY_APART)
+        rhythm, self.seconds = self._best(rows, lucky, self._turns_a_draft(0), gain_to_part(NUM_TRIALS, left))
         return rhythm.length > 1
 
     def wants_trial(self) -> bool:

@@ -443,11 +443,12 @@ def test_rows_part_for_a_clear_gain_only():
 
 def test_rows_do_not_try_what_could_not_pay():
     pace = Pace(None, costs(1.0, rows=8))
-    assert not pace.may_part(8)  # three slots of each row for two, at the best
+    assert not pace.may_part(8, left=200)  # three slots of each row for two, at the best
     pace = Pace(None, costs(0.02, rows=8))
-    assert pace.may_part(8)
+    assert pace.may_part(8, left=200)
+    assert not pace.may_part(8, left=2)
     pace.note(100, 5, 1, 1, is_trial=True)
-    assert not pace.may_part(8)
+    assert not pace.may_part(8, left=200)
 
 
 @given(slower=st.floats(0.8, 1.25), noise=st.integers(0, 2**16))
@@ -543,7 +544,7 @@ def test_rows_in_step_try_drafts_without_leaving_it(language, monkeypatch):
     """What a trial expects to be accepted, against the sum of min(p, q) by plain forwards."""
     noted, rows = [], 40
     monkeypatch.setattr(generation_pace, "costs_of", lambda model, rows, length: costs(1.0))
-    monkeypatch.setattr(Pace, "may_part", lambda self, rows: True)
+    monkeypatch.setattr(Pace, "may_part", lambda self, rows, left: True)
     monkeypatch.setattr(Pace, "note", lambda self, **round_: noted.append(round_))
     monkeypatch.setattr(Pace, "wants_trial", lambda self: True)
     settings = {"num_return_sequences": rows, "max_new_tokens": LENGTH, "return_dict_in_generate": True}
@@ -619,10 +620,10 @@ def test_rows_ahead_wait_for_those_behind(attention, cache, draft_rank, monkeypa
 
 def test_a_convoy_knows_what_its_drafts_were_of():
     """Two rows that stand where a stretch begins; drafts are judged a forward after they have been drawn."""
-    positions = torch.tensor([[20, 3, 30, 9, 0, 1, 2, 4, 5, 6]]).repeat(2, 1)
+    positions = torch.tensor([[220, 103, 230, 109, *range(100)]]).repeat(2, 1)
     scattered, stretch = paces = Pace(None, costs(0.02)), Pace(None, costs(0.02))
-    (convoy,) = convoys_of([paces], positions, ends=[10, 10])
-    assert [convoy.room(0, start) for start in range(10)] == [4, 3, 2, 1, 6, 5, 4, 3, 2, 1]
+    (convoy,) = convoys_of([paces], positions, ends=[104, 104])
+    assert [convoy.room(0, start) for start in range(104)] == [4, 3, 2, 1, *range(100, 0, -1)]
     for pace in paces:
         pace.note(4, 3, 0, 0, is_trial=True)
     # In step for all to see, but for the drafts that wait to be judged: nothing is put on trial.
