@@ -74,8 +74,8 @@ class Convoy:
         most = sum(self.of_stretch.values()) * 2 > len(rows)
         pace, other = self.paces[most], self.paces[not most]
         # With drafts waiting they are as good as apart.
-        are_in_step = len(rows) > 1 and len({(decided[row], len(drafts[row])) for row in rows}) == 1
-        are_in_step = are_in_step and not drafts[rows[0]]
+        are_in_step = len(rows) > 1 and len({decided[row] for row in rows}) == 1
+        are_in_step = are_in_step and not any(drafts[row] for row in rows)
         self.num_rests = self.num_rests - 1 if are_in_step and self.num_rests > 0 else 0
         if are_in_step:
             rhythm = ONE_TOKEN
@@ -95,12 +95,11 @@ class Convoy:
             # A fixed length of drafts makes no row wait: what it is meant for does not depend on costs.
             place = None if pace.draft_length is not None else meeting_place(rows, decided, self.ends)
             rhythm = pace.rhythm(len(rows), can_meet=place is not None)
-            if rhythm.length == 1 and place is not None:
-                behind = [row for row in rows if decided[row] < place]
-                # Who has drafted beyond that place goes on to have them judged.
-                if all(decided[row] + len(drafts[row]) <= place for row in rows):
-                    self.meeting_place, rows = place, behind
-                    rhythm = pace.rhythm(len(rows))
+            # Who has drafted beyond that place goes on to have them judged.
+            reach = max(decided[row] + len(drafts[row]) for row in rows)
+            if rhythm.length == 1 and place is not None and reach <= place:
+                self.meeting_place, rows = place, [row for row in rows if decided[row] < place]
+                rhythm = pace.rhythm(len(rows))
             self._follow(rows, rhythm, pace, other, are_in_step=False)
 
     def _follow(self, rows: list[int], rhythm: Rhythm, pace: Pace, other: Pace, are_in_step: bool) -> None:
@@ -119,7 +118,7 @@ class Convoy:
     def _usually_left(self, rows: list[int], decided: list[int], other: Pace) -> int:
         """How many tokens of most rows drafts will do as well for as now, or, as has been seen, well enough."""
         goes_on = other.judged > 1 and other.rhythm(len(rows), can_meet=True).length > 1
-        left = [(self.ends[row] if goes_on else self.stays_until[row][decided[row]]) - decided[row] for row in rows]
+        left = [self.ends[row] - decided[row] if goes_on else self.room(row, decided[row]) for row in rows]
         return sorted(left)[len(left) // 2]
 
     def note(

@@ -67,6 +67,7 @@ class LosslessUnmasking(DecodingStrategy):
         self.head, self.order = head, plan.order
         ends = [given + open_ for given, open_ in zip(canvas.num_given, canvas.num_open, strict=True)]
         self.convoys = convoys_of(paces, canvas.text_positions.gather(1, plan.order), ends)
+        self.convoy_of_row = [convoy for convoy in self.convoys for _ in convoy.rows]
         # Of each row, the slots in front whose tokens are known, and those whose keys and values are cached.
         self.decided = list(canvas.num_given)
         self.cached = [len(columns) for columns in canvas.cached_columns]
@@ -93,8 +94,7 @@ class LosslessUnmasking(DecodingStrategy):
             convoy.choose(active, self.decided, self.drafts, may_try=not self.tried)
         self.is_trial = any(convoy.is_trial for convoy in self.convoys)
         has_drafts, num_masks = any(self.drafts), 0
-        for row in range(canvas.batch):
-            convoy = self.convoys[row % len(self.convoys)]
+        for row, convoy in enumerate(self.convoy_of_row):
             self.widths[row] = []
             if row not in convoy.rhythms:
                 self.drafts[row] = []
@@ -285,9 +285,7 @@ class LosslessUnmasking(DecodingStrategy):
             known_tokens = self.canvas.tokens[[rows[slot] for slot in known], columns[known]].to(device)
         where, parts_of_scores, parts_of_q = torch.stack([torch.tensor(rows), columns]).to(device), [], []
         for turn, slots in enumerate(turns):
-            scores = turns.logits[slots]
-            if self.sampler.processors:
-                scores = self.sampler.process(scores, self.canvas, *where[:, slots].tolist())
+            scores = self.sampler.process(turns.logits[slots], self.canvas, *where[:, slots].tolist())
             q = self.sampler.probabilities(scores)
             turns.tokens[slots] = draw_by_weight(q, uniform[slots])
             if turn == 0 and known:

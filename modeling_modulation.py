@@ -19,6 +19,10 @@ class _Folding(nn.Module):
 
     folded: Any = None
 
+    def kept(self) -> Any:
+        """What is folded, if it may be used."""
+        return None if torch.is_grad_enabled() else self.folded
+
     def __getstate__(self) -> dict[str, Any]:
         """A copy has nothing folded: nobody would tell it when the weights begin to change."""
         return {name: value for name, value in super().__getstate__().items() if name not in ("folded", "is_folding")}
@@ -40,8 +44,8 @@ class EsoTimestepEmbedding(_Folding):
 
     def forward(self, like: torch.Tensor) -> torch.Tensor:
         """The vector, of the type of `like`."""
-        if self.folded is not None and not torch.is_grad_enabled():
-            return self.folded
+        if (kept := self.kept()) is not None:
+            return kept
         weight = self.in_proj.weight
         sinusoid = torch.zeros(1, self.sinusoid_width, dtype=weight.dtype, device=weight.device)
         sinusoid[:, : self.sinusoid_width // 2] = 1
@@ -59,8 +63,8 @@ class EsoModulation(_Folding, nn.Linear):
         super().__init__(config.cond_dim, num_vectors * config.hidden_size)
 
     def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        if self.folded is not None and not torch.is_grad_enabled():
-            return self.folded
+        if (kept := self.kept()) is not None:
+            return kept
         return super().forward(conditioning)
 
 
@@ -78,7 +82,7 @@ class EsoLayerNorm(_Folding):
         self.eps = config.layer_norm_eps
 
     def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-        folded = None if torch.is_grad_enabled() else self.folded
+        folded = self.kept()
         if folded is None:
             folded = self.weight.float() * (1 + scale.float()), shift.float()
             if self.is_folding and not torch.is_grad_enabled():

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import pickle
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -210,6 +211,34 @@ def test_threads_share_a_model_that_is_ready_to_decode(backbone):
     assert [type(module) for module in model.modules()] == before
     assert model.model.config._attn_implementation == implementation
     assert not model.is_ready_to_decode
+
+
+@pytest.mark.parametrize("backbone", [None, "llama"])
+def test_a_thread_goes_on_after_the_one_that_came_first(backbone):
+    model = model_of(backbone)
+    prompts, attention_mask = random_batch(model, 3, 6), torch.ones(3, 6, dtype=torch.long)
+    attention_mask[0, :4] = attention_mask[1, :2] = 0
+    has_begun, may_go_on = threading.Event(), threading.Event()
+
+    def wait(input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        has_begun.set()
+        assert may_go_on.wait(60)
+        return scores
+
+    def generate() -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in range(3)]
+        arguments = {"generator": generators, "logits_processor": [wait], "max_new_tokens": 9}
+        return model.generate(prompts, attention_mask=attention_mask, **arguments)
+
+    with ThreadPoolExecutor(max_workers=1) as threads:
+        with model.ready_to_decode():
+            found = threads.submit(generate)
+            assert has_begun.wait(60)
+        assert model.is_ready_to_decode
+        may_go_on.set()
+        text = found.result()
+    assert not model.is_ready_to_decode
+    assert torch.equal(text, generate())
 
 
 @pytest.mark.skipif(not HAS_ONEDNN, reason="needs oneDNN")
