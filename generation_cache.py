@@ -80,13 +80,13 @@ class PreallocatedLayer(CacheLayerMixin):
                     f"The cache holds `max_length={self.max_length}` slots, {start} are in use and "
                     f"{key_states.shape[-2]} more do not fit."
                 )
-            self.keys[..., start : self.length, :] = key_states
-            self.values[..., start : self.length, :] = value_states
+            self.keys.narrow(2, start, key_states.shape[2]).copy_(key_states)
+            self.values.narrow(2, start, key_states.shape[2]).copy_(value_states)
         else:
             rows, slots = self.places.rows, self.places.slots
             self.keys[rows, :, slots] = key_states.transpose(1, 2)
             self.values[rows, :, slots] = value_states.transpose(1, 2)
-        return self.keys[..., : self.length, :], self.values[..., : self.length, :]
+        return self.keys.narrow(2, 0, self.length), self.values.narrow(2, 0, self.length)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         # Where places are named, `length` counts those that are to be written already.

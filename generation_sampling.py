@@ -7,6 +7,13 @@ from transformers import LogitsProcessor
 from .generation_canvas import Canvas
 from .generation_logits_process import TEXT_FREE_PROCESSORS, SlotProcessor, process_logits
 
+MAX_WEIGHTS_AT_ONCE = 2**18
+"""Weights of all slots up to which their CDF is made as a whole. A longer one takes a while; a shorter one takes less
+than the operations it would spare."""
+
+TOKENS_OF_BLOCK = 256
+"""Tokens whose weights are added up, beyond that, before the one that is drawn is looked for among them."""
+
 Generators = torch.Generator | list[torch.Generator] | None
 
 
@@ -50,12 +57,37 @@ def draw_tokens(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 def draw_by_weight(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Draws in proportion to `weights`, (..., vocab), not negative: inverts their CDF in float64 at `uniform`."""
+    if weights.numel() > MAX_WEIGHTS_AT_ONCE and weights.shape[-1] > TOKENS_OF_BLOCK:
+        return _draw_by_blocks(weights, uniform)
     cdf = weights.cumsum(dim=-1, dtype=torch.float64)
-    # Below the total, so that no token of weight 0 at the end is ever drawn: what is under 1 is so by 2^-53 at least,
-    # and the product rounds to a number under the total.
-    target = uniform[..., None] * cdf[..., -1:]
-    # Weights of NaN end up beyond the vocabulary.
-    return torch.searchsorted(cdf, target, right=True)[..., 0].clamp(max=weights.shape[-1] - 1)
+    token = torch.searchsorted(cdf, _target(uniform, cdf), right=True)
+    return token[..., 0].clamp(max=weights.shape[-1] - 1)  # weights of NaN end up beyond the vocabulary
+
+
+def _target(uniform: torch.Tensor, cdf: torch.Tensor) -> torch.Tensor:
+    """Where the CDF is inverted: below the total, so that no token of weight 0 at the end is ever drawn.
+
+    What is under 1 is so by 2^-53 at least, and the product rounds to a number under the total.
+    """
+    return uniform[..., None] * cdf[..., -1:]
+
+
+def _draw_by_blocks(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """The same by the CDF of blocks of tokens, then that within a block: only sums pass over the whole vocabulary."""
+    vocab_size, size = weights.shape[-1], TOKENS_OF_BLOCK
+    rest = vocab_size % size
+    blocks = weights[..., : vocab_size - rest].unflatten(-1, (-1, size)).sum(dim=-1, dtype=torch.float64)
+    if rest:
+        blocks = torch.cat([blocks, weights[..., -rest:].sum(dim=-1, keepdim=True, dtype=torch.float64)], dim=-1)
+    ends = blocks.cumsum(dim=-1)
+    target = _target(uniform, ends)
+    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[-1] - 1)
+    tokens = block * size + torch.arange(size, device=weights.device)
+    within = weights.gather(-1, tokens.clamp(max=vocab_size - 1)).double().masked_fill(tokens >= vocab_size, 0)
+    cdf = within.cumsum(dim=-1) + F.pad(ends[..., :-1], (1, 0)).gather(-1, block)
+    # Added up in another order, the weights of a block may come to less: the target is then in the last of them.
+    last = (within > 0).long().cumsum(dim=-1).argmax(dim=-1, keepdim=True)
+    return (block * size + torch.searchsorted(cdf, target, right=True).minimum(last))[..., 0]
 
 
 def select_tokens(

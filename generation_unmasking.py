@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 
 from .generation_canvas import Canvas
 from .generation_configuration import DEFAULT_NUM_CANDIDATES, EsoGenerationConfig
@@ -152,7 +153,7 @@ class ParallelUnmasking(DecodingStrategy):
             parts.append(self.sampler.process(turns.logits[slots], self.canvas, *places[:, slots].tolist()))
             turns.tokens[slots] = draw(parts[-1], slots)
         drawn, logits, scores = turns.tokens, turns.logits, turns.assemble(parts)
-        log_probs = logits.gather(-1, drawn[:, None])[:, 0] - logits.logsumexp(dim=-1)
+        log_probs = -F.cross_entropy(logits, drawn, reduction="none")
         # All that the host needs to know of this forward, in one transfer.
         tokens, values, can_be_drawn, keeps = torch.stack(
             [drawn.double(), log_probs.double(), is_drawable(scores).double(), is_kept.double()]

@@ -8,7 +8,7 @@ row, so that norms, projections, the MLP and the head compute the real ones alon
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeGuard, cast
 
 import torch
@@ -26,6 +26,16 @@ from .validation import require_exactly_one
 MAX_QUERIES_TRANSPOSED = 16
 """Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
 
+MAX_QUERIES_GATHERED = 4
+"""Queries of a head of keys up to which their values are added up row by row, as those of bags of embeddings are."""
+
+MIN_SCORES_BY_PRODUCTS = 2**12
+"""Heads of all rows times keys from which on products and sums read keys and values faster than sdpa does."""
+
+MAX_BYTES_COPIED = 2**24
+"""Size of keys beyond which rows are multiplied one by one, where a product copies what is a part of a cache: fresh
+pages for a larger copy take longer than all else."""
+
 MAX_PADDED_WORK = 3
 """How many times the products of queries and keys may grow by padding before each packed row attends by itself."""
 
@@ -39,12 +49,27 @@ class EsoRotaryEmbedding(LlamaRotaryEmbedding):
     In bfloat16 a frequency is off by up to 0.4 %, which at position 10000 is the wrong angle altogether.
     """
 
+    def forward(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two factors of `rotate`, (batch, 1, slots, head width), of the type of `states`."""
+        cos, sin = super().forward(states, position_ids)
+        first, second = sin.chunk(2, dim=-1)
+        return cos[:, None], torch.cat((-first, second), dim=-1)[:, None]
+
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
         super()._apply(fn, recurse)
         for name, buffer in exact.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+
+def rotate(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """Turns each pair of halves of queries or keys, (batch, heads, slots, head width), by its angle.
+
+    (a, b) becomes (a cos - b sin, b cos + a sin): the sign of the first sine is part of the factor, which saves half
+    of the operations of turning the halves themselves.
+    """
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, dims=-1), signed_sin)
 
 
 def make_attention_mask(
@@ -114,6 +139,12 @@ def read_text_order(
     return clean_masked_padding(is_masked, is_real), text_positions(is_real)
 
 
+def mask_behind_cache(states: torch.Tensor) -> torch.Tensor:
+    """What slots see of one another on top of a cache, all of which they see: (1, 1, slots, slots), additive."""
+    slots = states.shape[1]
+    return states.new_full((1, 1, slots, slots), torch.finfo(states.dtype).min).triu(diagonal=1)
+
+
 def is_padding_mask(attention_mask: torch.Tensor | BlockMask | None) -> TypeGuard[torch.Tensor]:
     """Whether a mask says which tokens are real, (batch, slots), rather than which slot sees which."""
     return isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
@@ -134,21 +165,129 @@ def eager_attention_forward(
     A mask narrower than the keys speaks of the last of them, and all before are visible: the keys of a decoding step
     behind the cached ones, for which no mask of the length of the cache need be made.
     """
-    query = query * scaling
-    if query.shape[-2] <= MAX_QUERIES_TRANSPOSED and query.device.type == "cpu" and not torch.is_grad_enabled():
-        # Reads the keys up to half again as fast, like the products of `DecodingLinear`; the layout matters here too.
-        scores = torch.matmul(key, query.contiguous().transpose(2, 3)).transpose(2, 3).contiguous()
-    else:
-        scores = torch.matmul(query.contiguous(), key.transpose(2, 3))
-    if attention_mask is not None:
-        masked_scores = scores[..., scores.shape[-1] - attention_mask.shape[-1] :]
-        if attention_mask.dtype == torch.bool:
-            masked_scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-        else:
-            masked_scores.add_(attention_mask)
+    if _is_decoding_on_cpu(query) and not (dropout and module.training):
+        output, weights = _attend_by_products(query, key, value, attention_mask, scaling)
+        return output.transpose(1, 2).contiguous(), weights
+    scores = torch.matmul(query * scaling, key.transpose(2, 3))
+    _hide(scores, attention_mask)
     weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _hide(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+    """Takes the scores of invisible keys away, in place; a narrow mask speaks of the last keys."""
+    if attention_mask is None:
+        return
+    masked_scores = scores[..., scores.shape[-1] - attention_mask.shape[-1] :]
+    if attention_mask.dtype == torch.bool:
+        masked_scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+    else:
+        masked_scores.add_(attention_mask)
+
+
+def _is_decoding_on_cpu(query: torch.Tensor) -> bool:
+    is_plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return query.shape[-2] <= MAX_QUERIES_TRANSPOSED and query.device.type == "cpu" and is_plain
+
+
+def attend_few_queries(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+) -> torch.Tensor:
+    """Attention of a decoding step on the CPU, which reads keys and values once, where they are in the cache.
+
+    Args:
+        query: (batch, heads, queries, width), few.
+        key, value: (batch, heads or fewer, keys, width).
+        attention_mask: (batch or 1, 1, queries, keys or the last of them), additive or boolean (True = visible).
+        scaling: Of the scores.
+
+    Returns:
+        (batch, heads, queries, width).
+    """
+    if query.shape[0] * query.shape[1] * key.shape[2] >= MIN_SCORES_BY_PRODUCTS:
+        return _attend_by_products(query, key, value, attention_mask, scaling)[0]
+    return _sdpa_of_groups(query, key, value, widen_mask(attention_mask, key.shape[2]), scale=scaling)
+
+
+def _sdpa_of_groups(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    """sdpa in which the heads of a group are further queries of the same keys, of which it needs no copies."""
+    batch, num_heads, slots, width = query.shape
+    if (groups := num_heads // key.shape[1]) > 1:
+        query = query.reshape(batch, key.shape[1], groups * slots, width)
+        attention_mask = attention_mask.repeat(1, 1, groups, 1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, **kwargs)
+    return output.reshape(batch, num_heads, slots, -1)
+
+
+def widen_mask(attention_mask: torch.Tensor, num_keys: int) -> torch.Tensor:
+    """A mask of all keys, from one of the last of them: those before are visible."""
+    if (missing := num_keys - attention_mask.shape[-1]) == 0:
+        return attention_mask
+    return F.pad(attention_mask, (missing, 0), value=attention_mask.dtype == torch.bool)
+
+
+def _attend_by_products(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, and the weights (batch, heads, queries, keys)."""
+    batch, num_heads, slots, width = query.shape
+    num_key_heads, num_keys = key.shape[1:3]
+    grouped = (query * scaling).reshape(batch, num_key_heads, -1, width).contiguous()
+    scores = _scores(grouped, key).view(batch, num_heads, slots, num_keys)
+    _hide(scores, attention_mask)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    mixed = _mix(weights.view(batch, num_key_heads, -1, num_keys), value)
+    return mixed.view(batch, num_heads, slots, -1), weights
+
+
+def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """q K^T, (batch, heads, queries, keys), as K q^T.
+
+    In float32 that reads keys up to half again as fast; the layout matters too. In other types keys are copied unless
+    they are all that their tensor holds.
+    """
+    if key.nbytes > MAX_BYTES_COPIED and key.dtype != torch.float32 and len(key) > 1:
+        return torch.cat([_scores(*row) for row in zip(query.split(1), key.split(1), strict=True)])
+    return torch.matmul(key, query.transpose(2, 3)).transpose(2, 3).contiguous()
+
+
+def _mix(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Weights (batch, heads, queries, keys) times values (batch, heads, keys, width).
+
+    Weighted sums of rows are what bags of embeddings are, and that code reads values a good deal faster than a product
+    does, for few queries. The table holds the values of all heads: it is the tensor of which they are a part.
+    """
+    batch, num_heads, num_queries, num_keys = weights.shape
+    width = value.shape[-1]
+    head_stride = value.stride(1)
+    is_table = value.stride()[2:] == (width, 1) and head_stride % width == 0
+    is_table = is_table and (batch == 1 or value.stride(0) == num_heads * head_stride)
+    if num_queries > MAX_QUERIES_GATHERED or not is_table or value.dtype not in (torch.float32, torch.bfloat16):
+        return torch.matmul(weights, value)
+    num_bags, rows_between = batch * num_heads, head_stride // width
+    table = value.as_strided(((num_bags - 1) * rows_between + num_keys, width), (width, 1))
+    rows = _rows_of_bags(num_bags, num_queries, rows_between, num_keys)
+    per_sample_weights = weights.reshape(-1, num_keys)
+    mixed = F.embedding_bag(rows, table, mode="sum", per_sample_weights=per_sample_weights)
+    return mixed.view(batch, num_heads, num_queries, width)
+
+
+@lru_cache(maxsize=1)
+def _rows_of_bags(num_bags: int, num_queries: int, rows_between: int, num_keys: int) -> torch.Tensor:
+    """(bags x queries, keys): where in the table each value is. The layers of a model ask for the same."""
+    first = torch.arange(num_bags, dtype=torch.int32).repeat_interleave(num_queries) * rows_between
+    return first[:, None] + torch.arange(num_keys, dtype=torch.int32)
 
 
 @dataclass
@@ -234,30 +373,24 @@ def grouped_sdpa_attention_forward(
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
 
-    There it repeats them for every head of a group: in a decoding step the whole cache. Here the heads of a group are
-    further queries of the same keys. Rows may be packed.
+    There it repeats them for every head of a group: in a decoding step the whole cache. Rows may be packed.
     """
     if packed_rows is not None:
         kwargs |= {"dropout": dropout, "scaling": scaling}
         attend = grouped_sdpa_attention_forward
         mask = cast(torch.Tensor, attention_mask)  # packed rows never come without
         return attend_packed(attend, module, query, key, value, mask, packed_rows, **kwargs)
-    batch, num_heads, slots, width = query.shape
-    groups = num_heads // key.shape[1]
     has_bias = kwargs.get("position_bias") is not None
-    if groups == 1 or has_bias or attention_mask is None or attention_mask.shape[1] != 1:
+    if has_bias or attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    output = F.scaled_dot_product_attention(
-        query.reshape(batch, key.shape[1], groups * slots, width),
-        key,
-        value,
-        attn_mask=attention_mask.repeat(1, 1, groups, 1),
-        dropout_p=dropout,
-        scale=scaling,
-    )
-    return output.reshape(batch, num_heads, slots, -1).transpose(1, 2).contiguous(), None
+    if dropout == 0 and _is_decoding_on_cpu(query):
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        output = attend_few_queries(query, key, value, attention_mask, scaling)
+    else:
+        output = _sdpa_of_groups(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+    return output.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(GROUPED_SDPA, grouped_sdpa_attention_forward)

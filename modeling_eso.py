@@ -18,7 +18,6 @@ from transformers.masking_utils import BlockMask, create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
@@ -37,20 +36,21 @@ from .modeling_attention import (
     implementation_for,
     is_padding_mask,
     make_clean_first_mask,
+    mask_behind_cache,
     read_text_order,
+    rotate,
 )
 from .modeling_backbone import (
     learned_positions,
     make_backbone,
     name_of_embedding,
     require_known_arguments,
-    run_backbone,
 )
 from .modeling_drafting import EsoDraftHead, EsoLMOutput, draft_loss
-from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin, linear_gelu
-from .modeling_interface import BackboneOutput
-from .modeling_modulation import EsoLayerNorm, EsoModulation, EsoTimestepEmbedding
+from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin
+from .modeling_modulation import EsoLayerNorm, EsoModulation, EsoTimestepEmbedding, split_modulation
 from .modeling_objective import hybrid_loss, require_loss_arguments
+from .modeling_products import linear_gelu
 from .validation import (
     require_attention_mask,
     require_exactly_one,
@@ -85,10 +85,9 @@ class EsoAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
+        query = rotate(self.q_proj(hidden_states).view(head_shape).transpose(1, 2), *position_embeddings)
+        key = rotate(self.k_proj(hidden_states).view(head_shape).transpose(1, 2), *position_embeddings)
         value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
 
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -136,7 +135,9 @@ class EsoDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(conditioning).chunk(6)
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = split_modulation(
+            self.modulation, conditioning, 6
+        )
 
         update, _ = self.self_attn(
             self.input_layernorm(hidden_states, attn_shift, attn_scale),
@@ -145,10 +146,10 @@ class EsoDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = hidden_states + attn_gate * F.dropout(update, self.dropout, self.training)
+        hidden_states = torch.addcmul(hidden_states, attn_gate, F.dropout(update, self.dropout, self.training))
 
         update = self.mlp(self.post_attention_layernorm(hidden_states, mlp_shift, mlp_scale))
-        return hidden_states + mlp_gate * F.dropout(update, self.dropout, self.training)
+        return torch.addcmul(hidden_states, mlp_gate, F.dropout(update, self.dropout, self.training))
 
 
 class EsoPreTrainedModel(EsoHubMixin, PreTrainedModel):
@@ -250,8 +251,7 @@ class EsoModel(EsoPreTrainedModel):
         is_cached = past_key_values is not None and past_key_values.get_seq_length() > 0
         is_decoding = is_cached and attention_mask is None and num_slots <= MAX_DECODED_SLOTS
         if is_decoding and not is_flash_attention_requested(self.config):
-            is_visible = torch.ones(num_slots, num_slots, dtype=torch.bool, device=inputs_embeds.device).tril()
-            attention_mask = is_visible[None, None]
+            attention_mask = mask_behind_cache(inputs_embeds)
         else:
             # Positions go to the rotary embedding alone: transformers would read their jumps as borders of packed
             # sequences, here and in the attention interface.
@@ -274,7 +274,7 @@ class EsoModel(EsoPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        hidden_states = self.norm(hidden_states, *self.modulation(conditioning).chunk(2))
+        hidden_states = self.norm(hidden_states, *split_modulation(self.modulation, conditioning, 2))
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=past_key_values)
 
 
@@ -447,12 +447,6 @@ class EsoForMaskedDiffusion(
             attentions=outputs.attentions,
             draft_states=None if self.draft_head is None else states,
         )
-
-    def run_backbone(self, **arguments: Any) -> BackboneOutput:
-        """The forward of the backbone, whichever it is, with the arguments of `EsoModel.forward`."""
-        if self.config.backbone_config is None:
-            return self.model(**arguments)
-        return run_backbone(self.model, **arguments)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """From states (..., hidden) to logits (..., vocab), -inf at the mask."""

@@ -55,17 +55,19 @@ class EsoTimestepEmbedding(_Folding):
 class EsoModulation(_Folding, nn.Linear):
     """adaLN: maps the conditioning vector to `num_vectors` vectors of the hidden size (shifts, scales, gates).
 
-    A linear layer like any other, but for its initialisation at zero. `folded_modulations` keeps its output, a
-    constant of the weights, while they do not change.
+    A linear layer like any other, but for its initialisation at zero. `folded_modulations` keeps the vectors that
+    `split_modulation` makes of it, constants of the weights, while they do not change.
     """
 
     def __init__(self, config: EsoConfig, num_vectors: int):
         super().__init__(config.cond_dim, num_vectors * config.hidden_size)
 
-    def forward(self, conditioning: torch.Tensor) -> torch.Tensor:
-        if (kept := self.kept()) is not None:
-            return kept
-        return super().forward(conditioning)
+
+def split_modulation(modulation: nn.Module, conditioning: torch.Tensor, num_vectors: int) -> tuple[torch.Tensor, ...]:
+    """The vectors that a modulation gives, or one that adapters have been added to; (hidden,) each."""
+    if isinstance(modulation, EsoModulation) and (kept := modulation.kept()) is not None:
+        return kept
+    return modulation(conditioning).chunk(num_vectors)
 
 
 class EsoLayerNorm(_Folding):
@@ -81,13 +83,19 @@ class EsoLayerNorm(_Folding):
         self.weight = nn.Parameter(torch.ones(config.hidden_size))
         self.eps = config.layer_norm_eps
 
+    def fold(self, shift: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the norm, with the modulation in them, in float32."""
+        return self.weight.float() * (1 + scale.float()), shift.float()
+
     def forward(self, hidden_states: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         folded = self.kept()
         if folded is None:
-            folded = self.weight.float() * (1 + scale.float()), shift.float()
+            folded = self.fold(shift, scale)
             if self.is_folding and not torch.is_grad_enabled():
                 self.folded = folded
         weight, bias = folded
+        if hidden_states.dtype == torch.bfloat16 and hidden_states.device.type == "cpu":
+            return F.layer_norm(hidden_states, weight.shape, weight, bias, self.eps)  # in float32 within
         return F.layer_norm(hidden_states.float(), weight.shape, weight, bias, self.eps).to(hidden_states.dtype)
 
 
@@ -104,7 +112,8 @@ def folded_modulations(backbone: Any) -> Iterator[None]:
         with torch.no_grad():
             embedding.folded = embedding(backbone.norm.weight)
             for modulation in modulations:
-                modulation.folded = modulation(embedding.folded)
+                num_vectors = modulation.out_features // len(backbone.norm.weight)
+                modulation.folded = split_modulation(modulation, embedding.folded, num_vectors)
         for norm in norms:
             norm.is_folding = True
         yield

@@ -15,10 +15,10 @@ from tiny_models import backbone_config, random_batch, randomized_model
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
-from eso_lm import DataCollatorForHybridMaskedDiffusion, modeling_inference
+from eso_lm import DataCollatorForHybridMaskedDiffusion, modeling_products
 from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
 from eso_lm.modeling_eso import EsoModulation
-from eso_lm.modeling_inference import (
+from eso_lm.modeling_products import (
     MAX_FEW_ROWS,
     MIN_LARGE_WEIGHT,
     MIN_PACKED_PRODUCT,
@@ -77,7 +77,7 @@ def test_weights_are_packed_once_they_have_been_used_enough(monkeypatch):
     layers = torch.nn.ModuleList([torch.nn.Linear(256, 1024), torch.nn.Linear(1024, 256), torch.nn.Linear(8, 8)])
     one_row = torch.randn(1, 256), torch.randn(1, 1024), torch.randn(1, 8)
     few_rows = [inputs.repeat(MIN_PACKED_PRODUCT // 2**18, 1) for inputs in one_row]
-    monkeypatch.setattr(modeling_inference, "MAX_PACKED_BYTES", layers[0].weight.nbytes)
+    monkeypatch.setattr(modeling_products, "MAX_PACKED_BYTES", layers[0].weight.nbytes)
     with fast_products(layers):
         for _ in range(ROWS_TO_PACK):
             for layer, inputs in zip(layers, one_row, strict=True):
@@ -156,13 +156,13 @@ def test_folded_modulations_change_nothing_and_are_forgotten():
 @pytest.mark.parametrize("backbone", [None, "llama"])
 def test_copies_made_meanwhile_follow_their_weights(copied, backbone, monkeypatch):
     """Modulations, norms and packed weights of a copy are no longer constants."""
-    monkeypatch.setattr(modeling_inference, "MIN_PACKED_WEIGHT", 1)
-    monkeypatch.setattr(modeling_inference, "MIN_PACKED_PRODUCT", 1)
+    monkeypatch.setattr(modeling_products, "MIN_PACKED_WEIGHT", 1)
+    monkeypatch.setattr(modeling_products, "MIN_PACKED_PRODUCT", 1)
     model = model_of(backbone)
     text = torch.randint(3, 20, (8, 20))
     with model.ready_to_decode():
         with torch.no_grad():
-            model(text)
+            model(text), model(text)
         assert not HAS_ONEDNN or model.lm_head.packed is not None
         other = copied(model)
     assert not other.is_ready_to_decode
@@ -247,7 +247,7 @@ def test_autocast_has_its_way():
     layers = torch.nn.ModuleList([torch.nn.Linear(512, 512)])
     inputs = torch.randn(ROWS_TO_PACK, 512)
     with fast_products(layers):
-        layers[0](inputs)
+        layers[0](inputs), layers[0](inputs)
         assert layers[0].packed is not None
         with torch.autocast("cpu", torch.bfloat16):
             assert layers[0](inputs).dtype == torch.bfloat16

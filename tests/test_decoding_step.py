@@ -1,0 +1,315 @@
+"""The decoding step on the CPU: the same numbers as the modules give, by fewer operations."""
+
+import copy
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from tiny_models import backbone_config, random_batch, random_orders, randomized_model
+from transformers.cache_utils import DynamicCache
+
+from eso_lm import generation_sampling, modeling_attention, modeling_decoding, modeling_products
+from eso_lm.generation_cache import PreallocatedCache
+from eso_lm.modeling_attention import attend_few_queries, eager_attention_forward, rotate
+from eso_lm.modeling_products import DecodingLinear, fast_products
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
+MODEL = randomized_model()
+
+
+@pytest.fixture
+def packs_at_once(monkeypatch):
+    """Weights of any size are packed when they are used for the second time."""
+    for name in ("MIN_PACKED_WEIGHT", "MIN_PACKED_PRODUCT", "ROWS_TO_PACK"):
+        monkeypatch.setattr(modeling_products, name, 1)
+
+
+def run_on_cache(model, cache, ids, positions, num_cached: int, mask=None) -> torch.Tensor:
+    """Hidden states of all slots but the first `num_cached`, which are run before them."""
+    common = {"past_key_values": cache, "use_cache": True}
+    model.run_backbone(input_ids=ids[:, :num_cached], position_ids=positions[:, :num_cached], **common)
+    rest = {"input_ids": ids[:, num_cached:], "position_ids": positions[:, num_cached:], "attention_mask": mask}
+    return model.run_backbone(**rest, past_key_values=cache).last_hidden_state
+
+
+@torch.no_grad()
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    num_cached=st.integers(1, 7),
+    num_slots=st.integers(1, modeling_attention.MAX_QUERIES_TRANSPOSED + 1),
+    has_mask=st.booleans(),
+    by_products=st.booleans(),
+    is_preallocated=st.booleans(),
+)
+@example(batch=1, num_cached=3, num_slots=2, has_mask=True, by_products=True, is_preallocated=True)
+def test_a_step_is_a_forward_of_the_backbone(batch, num_cached, num_slots, has_mask, by_products, is_preallocated):
+    torch.manual_seed(num_slots)
+    length = num_cached + num_slots
+    ids, positions = random_batch(MODEL, batch, length), random_orders(batch, length)
+    mask = None
+    if has_mask:
+        mask = torch.rand(batch, 1, num_slots, num_slots) < 0.5
+        mask[..., range(num_slots), range(num_slots)] = True
+
+    def new_cache():
+        return PreallocatedCache(2, length + 5) if is_preallocated else DynamicCache()
+
+    expected = run_on_cache(MODEL, new_cache(), ids, positions, num_cached, mask)
+    run = mock.Mock(side_effect=modeling_decoding.DecodingStep.__call__, autospec=True)
+    with (
+        mock.patch.object(modeling_attention, "MIN_SCORES_BY_PRODUCTS", 0 if by_products else 2**20),
+        mock.patch.object(modeling_decoding.DecodingStep, "__call__", lambda self, **given: run(self, **given)),
+        MODEL.ready_to_decode(),
+    ):
+        states = run_on_cache(MODEL, new_cache(), ids, positions, num_cached, mask)
+    torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
+    assert run.call_count == (num_slots <= modeling_attention.MAX_QUERIES_TRANSPOSED)
+
+
+@torch.no_grad()
+def test_the_angles_of_a_step_are_those_of_any_position():
+    positions = torch.tensor([[40, 3, 977, 12]])
+    ids = random_batch(MODEL, 1, 4)
+    expected = run_on_cache(MODEL, DynamicCache(), ids, positions, 1)
+    with MODEL.ready_to_decode():
+        for first in (0, 5, 900):  # a table that is too short, and one that is long enough
+            run_on_cache(MODEL, DynamicCache(), ids[:, :2], torch.tensor([[first, first + 1]]), 1)
+            states = run_on_cache(MODEL, DynamicCache(), ids, positions, 1)
+            torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", [None, "llama", "qwen2"])
+def test_layers_that_are_fed_the_same_share_a_product(backbone, packs_at_once):
+    """Queries, keys and values; the gate and what it lets through. Biases and sizes may differ."""
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 48}
+    model = randomized_model(backbone_config=None if backbone is None else backbone_config(backbone, **sizes))
+    ids, positions = random_batch(model, 2, 8), random_orders(2, 8)
+    expected = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
+    with model.ready_to_decode():
+        for _ in range(3):
+            states = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
+            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-5)
+        attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
+        shared = attention.q_proj.packed[0]
+        assert shared.layers == (attention.q_proj, attention.k_proj, attention.v_proj)
+        assert [attention.k_proj.packed, attention.v_proj.packed] == [(shared, 1), (shared, 2)]
+        assert attention.o_proj.packed[0].layers == (attention.o_proj,)
+        if backbone is not None:
+            assert mlp.up_proj.packed[0].layers == (mlp.gate_proj, mlp.up_proj)
+
+
+@needs_onednn
+@torch.no_grad()
+@pytest.mark.parametrize("has_gelu", [False, True])
+def test_a_shared_product_is_of_the_input_as_it_is(has_gelu, packs_at_once):
+    """Not of another tensor, nor of what it was before it was changed in place."""
+    torch.manual_seed(0)
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 6), torch.nn.Linear(8, 4, bias=False), torch.nn.Linear(8, 5)])
+    plain = copy.deepcopy(layers)
+
+    def expected(index, inputs):
+        outputs = plain[index](inputs)
+        return F.gelu(outputs, approximate="tanh") if has_gelu else outputs
+
+    with fast_products(layers):
+        for _ in range(2):
+            inputs = torch.randn(2, 8)
+            for layer in layers:
+                layer(inputs)
+        assert layers[0].packed[0].layers == tuple(layers)
+        inputs, others = torch.randn(2, 8), torch.randn(3, 8)
+        calls = [(0, inputs), (1, inputs), (2, inputs), (2, others), (1, inputs), (0, others), (0, inputs)]
+        for index, given_inputs in calls:
+            found = layers[index](given_inputs, has_gelu=has_gelu)
+            torch.testing.assert_close(found, expected(index, given_inputs), atol=1e-5, rtol=1e-5)
+        layers[0](inputs)
+        inputs.mul_(-3)
+        torch.testing.assert_close(layers[1](inputs, has_gelu=has_gelu), expected(1, inputs), atol=1e-5, rtol=1e-5)
+        with torch.inference_mode():
+            inputs = torch.randn(2, 8)
+            layers[0](inputs)
+            inputs.mul_(-3)  # of which nothing keeps count
+            torch.testing.assert_close(layers[1](inputs, has_gelu=has_gelu), expected(1, inputs), atol=1e-5, rtol=1e-5)
+        layers[0](inputs), layers[2](inputs)
+        assert layers[0].packed[0].kept is None  # the last of them has taken its part
+
+
+@needs_onednn
+@torch.no_grad()
+def test_a_shared_product_is_computed_once(packs_at_once):
+    layers = torch.nn.ModuleList([torch.nn.Linear(8, 6) for _ in range(3)])
+    with fast_products(layers):
+        for repeat in range(3):
+            inputs = torch.randn(2, 8)
+            with mock.patch.object(
+                modeling_products._PackedWeight,
+                "joint_product",
+                autospec=True,
+                side_effect=lambda *_: torch.zeros(2, 18),
+            ) as product:
+                for layer in layers:
+                    layer(inputs)
+            assert product.call_count == (repeat > 0)
+
+
+@torch.no_grad()
+def test_whoever_listens_to_the_modules_hears_them():
+    """A step goes past the modules of the backbone: not where they have hooks."""
+    model = randomized_model()
+    ids, positions = random_batch(model, 1, 6), random_orders(1, 6)
+    heard = []
+    with model.ready_to_decode():
+        step = model._decoding_step
+        given_arguments = {"input_ids": ids, "position_ids": positions, "past_key_values": DynamicCache()}
+        assert not step.can_run(given_arguments)  # nothing is cached
+        model.run_backbone(**given_arguments)
+        assert step.can_run(given_arguments)
+        hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+        run_on_cache(model, DynamicCache(), ids, positions, 3)
+        assert len(heard) == 2
+        hook.remove()
+        assert step.can_run(given_arguments)
+        assert not step.can_run(given_arguments | {"output_attentions": True})
+        assert not step.can_run(given_arguments | {"attention_mask": torch.ones(1, 12)})
+        with torch.enable_grad():
+            assert not step.can_run(given_arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not step.can_run(given_arguments)
+    assert model._decoding_step is None
+
+
+@torch.no_grad()
+def test_adapters_keep_their_part_in_a_step():
+    model = randomized_model()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj", "modulation"], r=2))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.1)
+    model.eval()
+    ids, positions = random_batch(model, 2, 8), random_orders(2, 8)
+    expected = run_on_cache(model, DynamicCache(), ids, positions, 6)
+    with model.ready_to_decode():
+        assert model._decoding_step is None
+        states = run_on_cache(model, DynamicCache(), ids, positions, 6)
+    torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
+    with adapted.disable_adapter():
+        assert not torch.allclose(run_on_cache(model, DynamicCache(), ids, positions, 6), expected, atol=1e-3)
+
+
+@torch.no_grad()
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    key_heads=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    queries=st.integers(1, 6),
+    keys=st.integers(6, 40),
+    room=st.integers(0, 3),
+    mask_kind=st.sampled_from(["narrow", "wide", "additive"]),
+    by_products=st.booleans(),
+    copies_row_by_row=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_attention_on_a_cache_is_attention(
+    batch, key_heads, groups, queries, keys, room, mask_kind, by_products, copies_row_by_row, dtype
+):
+    """Against softmax(q k + mask) v, spelled out in float64."""
+    torch.manual_seed(keys)
+    heads, width = key_heads * groups, 8
+    query = torch.randn(batch, queries, heads, width, dtype=dtype).transpose(1, 2)
+    key, value = (torch.randn(batch, key_heads, keys + room, width, dtype=dtype)[:, :, :keys] for _ in range(2))
+    last = queries if mask_kind == "narrow" else keys
+    is_visible = torch.rand(batch, 1, queries, last) < 0.7
+    is_visible[..., -1] = True
+    mask = is_visible
+    if mask_kind == "additive":
+        mask = torch.zeros(is_visible.shape, dtype=dtype).masked_fill(~is_visible, torch.finfo(dtype).min)
+    of_heads = [tensor.double().repeat_interleave(groups, dim=1) for tensor in (key, value)]
+    scores = 0.3 * query.double() @ of_heads[0].mT
+    scores = scores.masked_fill(~F.pad(is_visible, (keys - last, 0), value=True), -torch.inf)
+    expected = scores.softmax(dim=-1) @ of_heads[1]
+    with (
+        mock.patch.object(modeling_attention, "MIN_SCORES_BY_PRODUCTS", 0 if by_products else 2**20),
+        mock.patch.object(modeling_attention, "MAX_BYTES_COPIED", 0 if copies_row_by_row else 2**20),
+    ):
+        output = attend_few_queries(query, key, value, mask, 0.3)
+        tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
+        if groups == 1:
+            output, weights = eager_attention_forward(torch.nn.Module(), query, key, value, mask, scaling=0.3)
+            torch.testing.assert_close(output.double().transpose(1, 2), expected, atol=tolerance, rtol=tolerance)
+            torch.testing.assert_close(weights.double(), scores.softmax(dim=-1), atol=tolerance, rtol=tolerance)
+
+
+def test_rotation_turns_pairs_of_halves_by_the_angle_of_the_position():
+    """Against complex numbers: element i and the one half a head further are real and imaginary part."""
+    model = randomized_model()
+    states, positions = torch.randn(2, 3, 4, 8), torch.randint(0, 500, (2, 4))
+    turned = rotate(states, *model.model.rotary_emb(states, position_ids=positions))
+    frequencies = torch.tensor([10000.0 ** (-2 * i / 8) for i in range(4)])
+    angles = positions[:, None, :, None] * frequencies
+    numbers = torch.complex(states[..., :4], states[..., 4:]) * torch.polar(torch.ones_like(angles), angles)
+    torch.testing.assert_close(turned, torch.cat([numbers.real, numbers.imag], dim=-1), atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    vocab_size=st.integers(9, 70),
+    slots=st.integers(1, 4),
+    seed=st.integers(0, 2**31),
+    share_of_zeros=st.sampled_from([0.0, 0.5, 0.95]),
+    edge=st.sampled_from([None, 0.0, 1 - 2.0**-53]),
+)
+def test_draws_by_blocks_are_draws(vocab_size, slots, seed, share_of_zeros, edge):
+    """Against the fraction of the total, spelled out in exact arithmetic; tokens of weight 0 are never drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.rand(slots, vocab_size, generator=generator)
+    weights[torch.rand(slots, vocab_size, generator=generator) < share_of_zeros] = 0
+    weights[:, seed % vocab_size] += 1e-6
+    uniform = torch.rand(slots, dtype=torch.float64, generator=generator)
+    if edge is not None:
+        uniform.fill_(edge)
+    with (
+        mock.patch.object(generation_sampling, "MAX_WEIGHTS_AT_ONCE", 0),
+        mock.patch.object(generation_sampling, "TOKENS_OF_BLOCK", 8),
+    ):
+        tokens = generation_sampling.draw_by_weight(weights, uniform).tolist()
+    for row, token in enumerate(tokens):
+        exact = weights[row].double().tolist()
+        below, total = math.fsum(exact[:token]), math.fsum(exact)
+        assert exact[token] > 0
+        assert below - 1e-12 <= uniform[row].item() * total <= below + exact[token] + 1e-12
+
+
+def test_large_draws_go_by_blocks_and_are_the_same():
+    generator = torch.Generator().manual_seed(0)
+    scores = 3 * torch.randn(7, 50_000, generator=generator)
+    uniform = torch.rand(7, dtype=torch.float64, generator=generator)
+    with mock.patch.object(
+        generation_sampling, "_draw_by_blocks", wraps=generation_sampling._draw_by_blocks
+    ) as blocks:
+        together = generation_sampling.draw_tokens(scores, uniform)
+        assert blocks.call_count == 1
+        alone = [generation_sampling.draw_tokens(*slot).item() for slot in zip(scores, uniform, strict=True)]
+        assert blocks.call_count == 1
+    assert together.tolist() == alone
+
+
+def test_layers_are_counted_by_what_they_are_fed():
+    """A layer that is fed twice is one layer; those of another input are none of its partners."""
+    layers = torch.nn.ModuleList([torch.nn.Linear(256, 256) for _ in range(3)])
+    with fast_products(layers), torch.no_grad():
+        first, second = torch.randn(2, 256), torch.randn(2, 256)
+        for layer, inputs in [(0, first), (1, first), (0, first), (2, second)]:
+            assert type(layers[layer]) is DecodingLinear
+            layers[layer](inputs)
+        assert layers[0].partners == layers[1].partners == [layers[0], layers[1]]
+        assert layers[2].partners == [layers[2]]
