@@ -29,6 +29,9 @@ MAX_QUERIES_TRANSPOSED = 16
 MAX_QUERIES_GATHERED = 4
 """Queries of a head of keys up to which their values are added up row by row, as those of bags of embeddings are."""
 
+KEYS_OF_BAG = 2**11
+"""Keys of a head whose values are added up at a time, for one query after the other: they stay in a core's cache."""
+
 MIN_SCORES_BY_PRODUCTS = 2**12
 """Heads of all rows times keys from which on products and sums read keys and values faster than sdpa does."""
 
@@ -275,6 +278,9 @@ def _mix(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     is_table = is_table and (batch == 1 or value.stride(0) == num_heads * head_stride)
     if num_queries > MAX_QUERIES_GATHERED or not is_table or value.dtype not in (torch.float32, torch.bfloat16):
         return torch.matmul(weights, value)
+    if num_queries > 1 and num_keys > KEYS_OF_BAG:
+        parts = zip(weights.split(KEYS_OF_BAG, dim=-1), value.split(KEYS_OF_BAG, dim=2), strict=True)
+        return torch.stack([_mix(*part) for part in parts]).sum(dim=0)
     num_bags, rows_between = batch * num_heads, head_stride // width
     table = value.as_strided(((num_bags - 1) * rows_between + num_keys, width), (width, 1))
     rows = _rows_of_bags(num_bags, num_queries, rows_between, num_keys)
@@ -283,7 +289,7 @@ def _mix(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return mixed.view(batch, num_heads, num_queries, width)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=2)  # as many as there are sizes of bags at a time
 def _rows_of_bags(num_bags: int, num_queries: int, rows_between: int, num_keys: int) -> torch.Tensor:
     """(bags x queries, keys): where in the table each value is. The layers of a model ask for the same."""
     first = torch.arange(num_bags, dtype=torch.int32).repeat_interleave(num_queries) * rows_between

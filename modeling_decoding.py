@@ -24,7 +24,8 @@ from .modeling_attention import (
 )
 from .modeling_interface import BackboneOutput
 from .modeling_modulation import EsoModulation, split_modulation
-from .modeling_products import DecodingLinear
+from .modeling_products import DecodingLinear, PackedWeight
+from .modeling_quantized import QuantizedWeight
 
 ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "packed_rows"})
 """Of `EsoModel.forward`, those that a decoding step makes use of; others must be None."""
@@ -64,6 +65,8 @@ class DecodingStep:
             conditioning = backbone.timestep_embedding(backbone.norm.weight)
             self.layers = [_take_apart(layer, conditioning) for layer in backbone.layers]
             self.norm = backbone.norm.fold(*split_modulation(backbone.modulation, conditioning, 2))
+        packed = [module.packed for module in backbone.modules() if isinstance(module, DecodingLinear)]
+        self.is_quantized = any(one is not None and isinstance(one[0], QuantizedWeight) for one in packed)
         # Whoever listens to the modules has to hear them: dictionaries that are empty for as long as nobody does.
         self.hooks = [every_module._global_forward_hooks, every_module._global_forward_pre_hooks]
         self.hooks += [
@@ -125,7 +128,7 @@ class DecodingStep:
         num_keys, _ = past_key_values.get_mask_sizes(num_slots, 0)
         if packed_rows is None and batch * num_heads * num_keys < MIN_SCORES_BY_PRODUCTS:
             attention_mask = widen_mask(attention_mask, num_keys)  # once for all layers
-        if batch == 1 and num_slots in SLOWER_THAN_FOUR:
+        if batch == 1 and num_slots in SLOWER_THAN_FOUR and not self.is_quantized:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 4 - num_slots))
         attended = torch.zeros_like(hidden_states)
         attended_heads = attended[:, :num_slots].view(batch, num_slots, num_heads, head_width)
@@ -185,6 +188,6 @@ def _normalise(states: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:
 def _project(states: torch.Tensor, projections: tuple[DecodingLinear, ...]) -> torch.Tensor:
     """Queries, keys and values side by side."""
     packed = projections[0].packed
-    if packed is not None and packed[0].layers == projections:
+    if packed is not None and isinstance(packed[0], PackedWeight) and packed[0].layers == projections:
         return packed[0].joint_product(states)
     return torch.cat([projection.forward(states) for projection in projections], dim=-1)

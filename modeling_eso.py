@@ -193,7 +193,7 @@ class EsoModel(EsoPreTrainedModel):
 
     # Nor are these quantised: a constant goes in, and kernels of 4-bit layers take that for an inference without
     # gradients. There is nothing to save either.
-    _keep_in_fp32_modules = ["timestep_embedding.in_proj", "timestep_embedding.out_proj"]
+    _keep_in_fp32_modules = [".*timestep_embedding.in_proj", ".*timestep_embedding.out_proj"]
 
     def __init__(self, config: EsoConfig):
         super().__init__(config)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .modeling_quantized import QuantizedWeight, quantized_weight
+
 MIN_LARGE_WEIGHT = 2**18
 """Elements from which on a weight is taken to be read from memory, rather than from a core's cache."""
 
@@ -46,7 +48,7 @@ class _SharedInput:
         return layers
 
 
-class _PackedWeight:
+class PackedWeight:
     """Weights in the layout that oneDNN likes best, of layers that are fed the same input, as one.
 
     Their product is made when the first of them asks for it. It is only read slower, never wrongly, where another
@@ -67,6 +69,10 @@ class _PackedWeight:
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, None)
         self.kept: tuple[torch.Tensor, int | None, tuple[torch.Tensor, ...]] | None = None
+
+    def fits(self, inputs: torch.Tensor) -> bool:
+        """Whether a product is large enough to make up for being looked up, and of the type of the weight."""
+        return inputs.numel() * self.out_features >= MIN_PACKED_PRODUCT and inputs.dtype == self.dtype
 
     def product(self, inputs: torch.Tensor, index: int, has_gelu: bool) -> torch.Tensor:
         """What layer number `index` gives."""
@@ -104,8 +110,8 @@ class DecodingLinear(nn.Linear):
     partners: list["DecodingLinear"]
     """The layers that got the same input the last time, this one included; none if there was no such time."""
 
-    packed: tuple[_PackedWeight, int] | None = None
-    """The packed weight, and the number of this layer in it."""
+    packed: tuple[PackedWeight | QuantizedWeight, int] | None = None
+    """The packed weight, or one in few bits, and the number of this layer in it."""
 
     def forward(self, inputs: torch.Tensor, has_gelu: bool = False) -> torch.Tensor:
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
@@ -115,7 +121,7 @@ class DecodingLinear(nn.Linear):
                 self._count(inputs)
             if self.packed is not None:
                 weight, index = self.packed
-                if inputs.numel() * weight.out_features >= MIN_PACKED_PRODUCT and inputs.dtype == weight.dtype:
+                if weight.fits(inputs):
                     return weight.product(inputs, index, has_gelu)
             rows = inputs.numel() // max(inputs.shape[-1], 1)
             is_few_rows = self.packed is None and 0 < rows <= MAX_FEW_ROWS and self._is_large(inputs)
@@ -131,7 +137,7 @@ class DecodingLinear(nn.Linear):
         self.rows_to_pack -= max(inputs.numel() // inputs.shape[-1], MIN_ROWS)
         if self.rows_to_pack <= 0 and partners:
             waiting = [layer for layer in partners if layer.rows_to_pack is not None or layer is self]
-            weight = _PackedWeight(waiting)
+            weight = PackedWeight(waiting)
             for index, layer in enumerate(waiting):
                 layer.packed, layer.rows_to_pack = (weight, index), None
 
@@ -182,12 +188,13 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
     Before and after they are what quantisation, adapters and all others expect.
     """
-    layers = [
-        module
-        for module in model.modules()
-        if type(module) is nn.Linear and module.weight.device.type == "cpu" and type(module.weight) is nn.Parameter
-    ]
+    on_cpu = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
+    quantized = [(layer, weight) for layer in on_cpu if (weight := quantized_weight(layer)) is not None]
+    layers = [layer for layer in on_cpu if type(layer.weight) is nn.Parameter]
     room, shared_input = MAX_PACKED_BYTES, _SharedInput()
+    for layer, weight in quantized:
+        layer.__class__ = DecodingLinear
+        layer.__dict__["packed"] = weight, 0
     for layer in layers:
         layer.__class__ = DecodingLinear
         room -= layer.weight.nbytes
@@ -197,7 +204,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in layers:
+        for layer in [*layers, *(layer for layer, _ in quantized)]:
             layer.__class__ = nn.Linear
             for name in _OWN:
                 layer.__dict__.pop(name, None)

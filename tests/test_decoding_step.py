@@ -150,7 +150,7 @@ def test_a_shared_product_is_computed_once(packs_at_once):
         for repeat in range(3):
             inputs = torch.randn(2, 8)
             with mock.patch.object(
-                modeling_products._PackedWeight,
+                modeling_products.PackedWeight,
                 "joint_product",
                 autospec=True,
                 side_effect=lambda *_: torch.zeros(2, 18),
@@ -216,10 +216,11 @@ def test_adapters_keep_their_part_in_a_step():
     mask_kind=st.sampled_from(["narrow", "wide", "additive"]),
     by_products=st.booleans(),
     copies_row_by_row=st.booleans(),
+    keys_of_bag=st.sampled_from([5, 20, 2**11]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
 )
 def test_attention_on_a_cache_is_attention(
-    batch, key_heads, groups, queries, keys, room, mask_kind, by_products, copies_row_by_row, dtype
+    batch, key_heads, groups, queries, keys, room, mask_kind, by_products, copies_row_by_row, keys_of_bag, dtype
 ):
     """Against softmax(q k + mask) v, spelled out in float64."""
     torch.manual_seed(keys)
@@ -239,6 +240,7 @@ def test_attention_on_a_cache_is_attention(
     with (
         mock.patch.object(modeling_attention, "MIN_SCORES_BY_PRODUCTS", 0 if by_products else 2**20),
         mock.patch.object(modeling_attention, "MAX_BYTES_COPIED", 0 if copies_row_by_row else 2**20),
+        mock.patch.object(modeling_attention, "KEYS_OF_BAG", keys_of_bag),
     ):
         output = attend_few_queries(query, key, value, mask, 0.3)
         tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
