@@ -54,9 +54,7 @@ class EsoRotaryEmbedding(LlamaRotaryEmbedding):
 
     def forward(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two factors of `rotate`, (batch, 1, slots, head width), of the type of `states`."""
-        cos, sin = super().forward(states, position_ids)
-        first, second = sin.chunk(2, dim=-1)
-        return cos[:, None], torch.cat((-first, second), dim=-1)[:, None]
+        return sign_of_rotation(*super().forward(states, position_ids))
 
     def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
         exact = {name: buffer for name, buffer in self.named_buffers() if not buffer.is_meta}
@@ -64,6 +62,12 @@ class EsoRotaryEmbedding(LlamaRotaryEmbedding):
         for name, buffer in exact.items():
             setattr(self, name, buffer.to(getattr(self, name).device))
         return self
+
+
+def sign_of_rotation(cos: torch.Tensor, sin: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From cosines and sines, (batch, slots, width), to the factors of `rotate`, (batch, 1, slots, width)."""
+    first, second = sin.chunk(2, dim=-1)
+    return cos[:, None], torch.cat((-first, second), dim=-1)[:, None]
 
 
 def rotate(states: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:

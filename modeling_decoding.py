@@ -1,9 +1,11 @@
-"""A decoding step of an Eso-LM on the CPU, without the modules: the operations that its layers need, and no others.
+"""A decoding step on the CPU, without the modules: the operations that the layers need, and no others.
 
-Where products read weights as fast as memory gives them, calling the modules of `EsoModel` is a good part of what is
-left of a step. Here all layers are one loop over their weights.
+Where products read weights as fast as memory gives them, calling the modules of a backbone is a good part of what is
+left of a step. Here all layers are one loop over their weights: those of `EsoModel`, and of Llama and its like.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,10 +18,12 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from .modeling_attention import (
     MAX_QUERIES_TRANSPOSED,
     MIN_SCORES_BY_PRODUCTS,
+    EsoRotaryEmbedding,
     attend_few_queries,
     grouped_sdpa_attention_forward,
     mask_behind_cache,
     rotate,
+    sign_of_rotation,
     widen_mask,
 )
 from .modeling_interface import BackboneOutput
@@ -30,41 +34,43 @@ from .modeling_quantized import QuantizedWeight
 ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_values", "packed_rows"})
 """Of `EsoModel.forward`, those that a decoding step makes use of; others must be None."""
 
+LIKE_LLAMA = ("LlamaModel", "MistralModel", "Qwen2Model")
+"""Backbones of transformers whose layers do what Llama's do, in the same parts."""
+
 SLOWER_THAN_FOUR = (2, 3)
 """Rows of which oneDNN's products take longer than of four."""
 
-Norm = tuple[torch.Tensor, torch.Tensor]
-"""Weight and bias, which hold the modulation too."""
+Operation = Callable[[torch.Tensor], torch.Tensor]
 
 
 class _Layer(NamedTuple):
-    attention_norm: Norm
-    projections: tuple[DecodingLinear, DecodingLinear, DecodingLinear]
+    """What a layer does. Gates are vectors, or None: all goes through."""
+
+    attention_norm: Operation
+    projections: tuple[DecodingLinear, ...]
     output: DecodingLinear
-    attention_gate: torch.Tensor
-    mlp_norm: Norm
-    up: DecodingLinear
-    down: DecodingLinear
-    mlp_gate: torch.Tensor
+    attention_gate: torch.Tensor | None
+    mlp_norm: Operation
+    mlp: Operation
+    mlp_gate: torch.Tensor | None
 
 
 class DecodingStep:
-    """The forward of an `EsoModel` for a few slots of each row, on top of a cache, without gradients.
+    """The forward of a backbone for a few slots of each row, on top of a cache, without gradients.
 
     Args:
-        backbone: An `EsoModel`, whose weights do not change from here on.
+        backbone: An `EsoModel`, or another whose layers are known, whose weights do not change from here on.
     """
 
     def __init__(self, backbone: Any):
         self.backbone = backbone
-        self.num_heads = backbone.config.num_attention_heads
-        self.scaling = backbone.layers[0].self_attn.scaling
-        self.eps = backbone.norm.eps
+        attention = backbone.layers[0].self_attn
+        self.head_width, self.scaling = attention.head_dim, attention.scaling
+        self.num_heads = attention.q_proj.out_features // self.head_width
+        self.num_key_heads = attention.k_proj.out_features // self.head_width
         self.angles = torch.empty(2, 0)
         with torch.no_grad():
-            conditioning = backbone.timestep_embedding(backbone.norm.weight)
-            self.layers = [_take_apart(layer, conditioning) for layer in backbone.layers]
-            self.norm = backbone.norm.fold(*split_modulation(backbone.modulation, conditioning, 2))
+            self.layers, self.norm = _take_apart(backbone)
         packed = [module.packed for module in backbone.modules() if isinstance(module, DecodingLinear)]
         self.is_quantized = any(one is not None and isinstance(one[0], QuantizedWeight) for one in packed)
         # Whoever listens to the modules has to hear them: dictionaries that are empty for as long as nobody does.
@@ -75,7 +81,9 @@ class DecodingStep:
 
     @staticmethod
     def of(backbone: Any) -> "DecodingStep | None":
-        """That of an `EsoModel` of plain modules on the CPU; None for one that adapters or others have changed."""
+        """That of a backbone of known layers on the CPU; None for others, and where adapters have changed it."""
+        if not (hasattr(backbone, "timestep_embedding") or _is_like_llama(backbone)):
+            return None
         modules = list(backbone.modules())
         linear = [module for layer in backbone.layers for module in layer.modules() if isinstance(module, nn.Linear)]
         config = backbone.config
@@ -120,8 +128,9 @@ class DecodingStep:
     ) -> BackboneOutput:
         """Runs the slots given, (batch, slots), as `EsoModel.forward` does."""
         hidden_states = F.embedding(input_ids, self.backbone.embed_tokens.weight)
-        batch, num_slots, hidden_size = hidden_states.shape
-        num_heads, head_width = self.num_heads, hidden_size // self.num_heads
+        batch, num_slots = input_ids.shape
+        num_heads, num_key_heads = self.num_heads, self.num_key_heads
+        num_turned = num_heads + num_key_heads
         cos, sin = self._angles_of(position_ids, hidden_states)
         if attention_mask is None:
             attention_mask = mask_behind_cache(hidden_states)
@@ -130,14 +139,14 @@ class DecodingStep:
             attention_mask = widen_mask(attention_mask, num_keys)  # once for all layers
         if batch == 1 and num_slots in SLOWER_THAN_FOUR and not self.is_quantized:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 4 - num_slots))
-        attended = torch.zeros_like(hidden_states)
-        attended_heads = attended[:, :num_slots].view(batch, num_slots, num_heads, head_width)
+        attended = hidden_states.new_zeros(*hidden_states.shape[:2], num_heads * self.head_width)
+        attended_heads = attended[:, :num_slots].view(batch, num_slots, num_heads, -1)
 
         for index, layer in enumerate(self.layers):
-            normed = _normalise(hidden_states, layer.attention_norm, self.eps)
-            heads = _project(normed, layer.projections).view(batch, -1, 3 * num_heads, head_width).transpose(1, 2)
-            turned = rotate(heads[:, : 2 * num_heads, :num_slots], cos, sin)
-            key, value = turned[:, num_heads:], heads[:, 2 * num_heads :, :num_slots]
+            heads = _side_by_side(layer.attention_norm(hidden_states), layer.projections)
+            heads = heads.view(batch, -1, num_turned + num_key_heads, self.head_width).transpose(1, 2)
+            turned = rotate(heads[:, :num_turned, :num_slots], cos, sin)
+            key, value = turned[:, num_heads:], heads[:, num_turned:, :num_slots]
             key, value = past_key_values.update(key, value, index)
             inputs = (turned[:, :num_heads], key, value, attention_mask)
             if packed_rows is None:
@@ -146,48 +155,102 @@ class DecodingStep:
                 settings = {"scaling": self.scaling, "packed_rows": packed_rows}
                 update, _ = grouped_sdpa_attention_forward(self.backbone, *inputs, **settings)
             attended_heads.copy_(update)
-            hidden_states = torch.addcmul(hidden_states, layer.attention_gate, layer.output.forward(attended))
-
-            normed = _normalise(hidden_states, layer.mlp_norm, self.eps)
-            update = layer.down.forward(layer.up.forward(normed, has_gelu=True))
-            hidden_states = torch.addcmul(hidden_states, layer.mlp_gate, update)
-        states = _normalise(hidden_states, self.norm, self.eps)[:, :num_slots]
+            hidden_states = _add(hidden_states, layer.attention_gate, layer.output.forward(attended))
+            hidden_states = _add(hidden_states, layer.mlp_gate, layer.mlp(layer.mlp_norm(hidden_states)))
+        states = self.norm(hidden_states)[:, :num_slots]
         return cast(BackboneOutput, BaseModelOutputWithPast(last_hidden_state=states, past_key_values=past_key_values))
 
     def _angles_of(self, position_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The factors of `rotate` at some positions, (2, batch, 1, slots, width), looked up in a table that grows."""
         angles = self.angles
         if (most := int(position_ids.max())) >= angles.shape[1]:
-            positions = torch.arange(2 * most + 2)[None]
-            self.angles = angles = torch.stack(self.backbone.rotary_emb(states, position_ids=positions))[:, 0, 0]
+            embedding, positions = self.backbone.rotary_emb, torch.arange(2 * most + 2)[None]
+            factors = embedding(states, position_ids=positions)
+            if not isinstance(embedding, EsoRotaryEmbedding):
+                factors = sign_of_rotation(*factors)
+            self.angles = angles = torch.stack(factors)[:, 0, 0]
         return angles[:, position_ids][:, :, None]
 
 
-def _take_apart(layer: Any, conditioning: torch.Tensor) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = split_modulation(
-        layer.modulation, conditioning, 6
-    )
-    return _Layer(
-        attention_norm=layer.input_layernorm.fold(attn_shift, attn_scale),
-        projections=(attention.q_proj, attention.k_proj, attention.v_proj),
-        output=attention.o_proj,
-        attention_gate=attn_gate,
-        mlp_norm=layer.post_attention_layernorm.fold(mlp_shift, mlp_scale),
-        up=mlp.up_proj,
-        down=mlp.down_proj,
-        mlp_gate=mlp_gate,
+def _is_like_llama(backbone: Any) -> bool:
+    """By its name, and the parts of its layers."""
+    kind = type(backbone)
+    if kind.__name__ not in LIKE_LLAMA or not kind.__module__.startswith("transformers.models."):
+        return False
+    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+    of_attention, of_mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    return all(
+        {name for name, _ in layer.named_children()} == parts
+        and {name for name, _ in layer.self_attn.named_children()} == of_attention
+        and {name for name, _ in layer.mlp.named_children()} == of_mlp
+        for layer in backbone.layers
     )
 
 
-def _normalise(states: torch.Tensor, norm: Norm, eps: float) -> torch.Tensor:
-    weight, bias = norm
-    return F.layer_norm(states, weight.shape, weight, bias, eps)  # of states in bfloat16, too, in float32
+def _take_apart(backbone: Any) -> tuple[list[_Layer], Operation]:
+    """The layers, and the final norm."""
+    if not hasattr(backbone, "timestep_embedding"):
+        layers = [
+            _layer_of(
+                layer,
+                norms=(_rms_norm_of(layer.input_layernorm), _rms_norm_of(layer.post_attention_layernorm)),
+                mlp=_gated_mlp_of(layer.mlp),
+            )
+            for layer in backbone.layers
+        ]
+        return layers, _rms_norm_of(backbone.norm)
+    conditioning, layers = backbone.timestep_embedding(backbone.norm.weight), []
+    for layer in backbone.layers:
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = split_modulation(layer.modulation, conditioning, 6)
+        attention_norm = _layer_norm_of(layer.input_layernorm, shift, scale)
+        mlp_norm = _layer_norm_of(layer.post_attention_layernorm, mlp_shift, mlp_scale)
+        layers.append(_layer_of(layer, (attention_norm, mlp_norm), _mlp_of(layer.mlp), (gate, mlp_gate)))
+    return layers, _layer_norm_of(backbone.norm, *split_modulation(backbone.modulation, conditioning, 2))
 
 
-def _project(states: torch.Tensor, projections: tuple[DecodingLinear, ...]) -> torch.Tensor:
-    """Queries, keys and values side by side."""
-    packed = projections[0].packed
-    if packed is not None and isinstance(packed[0], PackedWeight) and packed[0].layers == projections:
+def _layer_of(
+    layer: Any,
+    norms: tuple[Operation, Operation],
+    mlp: Operation,
+    gates: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+) -> _Layer:
+    attention = layer.self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return _Layer(norms[0], projections, attention.o_proj, gates[0], norms[1], mlp, gates[1])
+
+
+def _layer_norm_of(norm: Any, shift: torch.Tensor, scale: torch.Tensor) -> Operation:
+    weight, bias = norm.fold(shift, scale)
+    # Of states in bfloat16, too, it computes in float32.
+    return partial(F.layer_norm, normalized_shape=weight.shape, weight=weight, bias=bias, eps=norm.eps)
+
+
+def _rms_norm_of(norm: Any) -> Operation:
+    return partial(F.rms_norm, normalized_shape=norm.weight.shape, weight=norm.weight, eps=norm.variance_epsilon)
+
+
+def _mlp_of(mlp: Any) -> Operation:
+    up, down = mlp.up_proj, mlp.down_proj
+    return lambda states: down.forward(up.forward(states, has_gelu=True))
+
+
+def _gated_mlp_of(mlp: Any) -> Operation:
+    projections, activation, down = (mlp.gate_proj, mlp.up_proj), mlp.act_fn, mlp.down_proj
+
+    def run(states: torch.Tensor) -> torch.Tensor:
+        gate, update = _side_by_side(states, projections).chunk(2, dim=-1)
+        return down.forward(activation(gate) * update)
+
+    return run
+
+
+def _add(states: torch.Tensor, gate: torch.Tensor | None, update: torch.Tensor) -> torch.Tensor:
+    return states + update if gate is None else torch.addcmul(states, gate, update)
+
+
+def _side_by_side(states: torch.Tensor, layers: tuple[DecodingLinear, ...]) -> torch.Tensor:
+    """What linear layers that are fed the same give, one beside the other."""
+    packed = layers[0].packed
+    if packed is not None and isinstance(packed[0], PackedWeight) and packed[0].layers == layers:
         return packed[0].joint_product(states)
-    return torch.cat([projection.forward(states) for projection in projections], dim=-1)
+    return torch.cat([layer.forward(states) for layer in layers], dim=-1)

@@ -57,7 +57,7 @@ class EsoInferenceMixin(EsoLM):
                     is_own = self.config.backbone_config is None
                     stack.enter_context(folded_modulations(self.model) if is_own else grouped_attention(self.model))
                     stack.enter_context(fast_products(self))
-                    self._decoding_step = DecodingStep.of(self.model) if is_own else None
+                    self._decoding_step = DecodingStep.of(self.model)
                     self._ends_decoding = stack.pop_all()
                 self.is_ready_to_decode = True
             self._num_decoding += 1
@@ -72,11 +72,11 @@ class EsoInferenceMixin(EsoLM):
 
     def run_backbone(self, **arguments: Any) -> BackboneOutput:
         """The forward of the backbone, whichever it is, with the arguments of `EsoModel.forward`."""
-        if self.config.backbone_config is not None:
-            return run_backbone(self.model, **arguments)
         step = self._decoding_step
         if step is not None and step.can_run(arguments):
             return step(**arguments)
+        if self.config.backbone_config is not None:
+            return run_backbone(self.model, **arguments)
         return self.model(**arguments)
 
     def __getstate__(self) -> dict[str, Any]:

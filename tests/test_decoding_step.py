@@ -19,7 +19,13 @@ from eso_lm.modeling_attention import attend_few_queries, eager_attention_forwar
 from eso_lm.modeling_products import DecodingLinear, fast_products
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-MODEL = randomized_model()
+SIZES = {"num_key_value_heads": 2, "intermediate_size": 48}
+KNOWN = {
+    None: randomized_model(),
+    "llama": randomized_model(backbone_config=backbone_config("llama", head_dim=16, attention_bias=True)),
+    "mistral": randomized_model(backbone_config=backbone_config("mistral")),
+    "qwen2": randomized_model(backbone_config=backbone_config("qwen2", **SIZES)),
+}
 
 
 @pytest.fixture
@@ -40,6 +46,7 @@ def run_on_cache(model, cache, ids, positions, num_cached: int, mask=None) -> to
 @torch.no_grad()
 @settings(max_examples=60, deadline=None)
 @given(
+    kind=st.sampled_from(list(KNOWN)),
     batch=st.integers(1, 3),
     num_cached=st.integers(1, 7),
     num_slots=st.integers(1, modeling_attention.MAX_QUERIES_TRANSPOSED + 1),
@@ -47,11 +54,14 @@ def run_on_cache(model, cache, ids, positions, num_cached: int, mask=None) -> to
     by_products=st.booleans(),
     is_preallocated=st.booleans(),
 )
-@example(batch=1, num_cached=3, num_slots=2, has_mask=True, by_products=True, is_preallocated=True)
-def test_a_step_is_a_forward_of_the_backbone(batch, num_cached, num_slots, has_mask, by_products, is_preallocated):
+@example(kind=None, batch=1, num_cached=3, num_slots=2, has_mask=True, by_products=True, is_preallocated=True)
+def test_a_step_is_a_forward_of_the_backbone(
+    kind, batch, num_cached, num_slots, has_mask, by_products, is_preallocated
+):
     torch.manual_seed(num_slots)
+    model = KNOWN[kind]
     length = num_cached + num_slots
-    ids, positions = random_batch(MODEL, batch, length), random_orders(batch, length)
+    ids, positions = random_batch(model, batch, length), random_orders(batch, length)
     mask = None
     if has_mask:
         mask = torch.rand(batch, 1, num_slots, num_slots) < 0.5
@@ -60,27 +70,29 @@ def test_a_step_is_a_forward_of_the_backbone(batch, num_cached, num_slots, has_m
     def new_cache():
         return PreallocatedCache(2, length + 5) if is_preallocated else DynamicCache()
 
-    expected = run_on_cache(MODEL, new_cache(), ids, positions, num_cached, mask)
+    expected = run_on_cache(model, new_cache(), ids, positions, num_cached, mask)
     run = mock.Mock(side_effect=modeling_decoding.DecodingStep.__call__, autospec=True)
     with (
         mock.patch.object(modeling_attention, "MIN_SCORES_BY_PRODUCTS", 0 if by_products else 2**20),
         mock.patch.object(modeling_decoding.DecodingStep, "__call__", lambda self, **given: run(self, **given)),
-        MODEL.ready_to_decode(),
+        model.ready_to_decode(),
     ):
-        states = run_on_cache(MODEL, new_cache(), ids, positions, num_cached, mask)
+        states = run_on_cache(model, new_cache(), ids, positions, num_cached, mask)
     torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
     assert run.call_count == (num_slots <= modeling_attention.MAX_QUERIES_TRANSPOSED)
 
 
 @torch.no_grad()
-def test_the_angles_of_a_step_are_those_of_any_position():
+@pytest.mark.parametrize("kind", [None, "llama"])
+def test_the_angles_of_a_step_are_those_of_any_position(kind):
+    model = KNOWN[kind]
     positions = torch.tensor([[40, 3, 977, 12]])
-    ids = random_batch(MODEL, 1, 4)
-    expected = run_on_cache(MODEL, DynamicCache(), ids, positions, 1)
-    with MODEL.ready_to_decode():
+    ids = random_batch(model, 1, 4)
+    expected = run_on_cache(model, DynamicCache(), ids, positions, 1)
+    with model.ready_to_decode():
         for first in (0, 5, 900):  # a table that is too short, and one that is long enough
-            run_on_cache(MODEL, DynamicCache(), ids[:, :2], torch.tensor([[first, first + 1]]), 1)
-            states = run_on_cache(MODEL, DynamicCache(), ids, positions, 1)
+            run_on_cache(model, DynamicCache(), ids[:, :2], torch.tensor([[first, first + 1]]), 1)
+            states = run_on_cache(model, DynamicCache(), ids, positions, 1)
             torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
 
 
@@ -89,8 +101,7 @@ def test_the_angles_of_a_step_are_those_of_any_position():
 @pytest.mark.parametrize("backbone", [None, "llama", "qwen2"])
 def test_layers_that_are_fed_the_same_share_a_product(backbone, packs_at_once):
     """Queries, keys and values; the gate and what it lets through. Biases and sizes may differ."""
-    sizes = {"num_key_value_heads": 2, "intermediate_size": 48}
-    model = randomized_model(backbone_config=None if backbone is None else backbone_config(backbone, **sizes))
+    model = copy.deepcopy(KNOWN[backbone])
     ids, positions = random_batch(model, 2, 8), random_orders(2, 8)
     expected = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
     with model.ready_to_decode():

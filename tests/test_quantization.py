@@ -119,7 +119,7 @@ def test_weights_of_torchao_decode_by_kernels_of_their_own(tmp_path, kind, bits)
     ):
         torch.testing.assert_close(logits(), expected, atol=0.05, rtol=0.05)
         assert product.call_count >= 2 * 6 + 1  # layers x products, and the head, at least in the second forward
-        assert (model._decoding_step is not None) == (kind is None)
+        assert model._decoding_step is not None
     assert type(model.lm_head) is torch.nn.Linear
     assert model.generate(max_new_tokens=5, lossless=True).shape == (1, 5)
 
