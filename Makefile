@@ -9,7 +9,7 @@ SCALE ?= minutes
 # Of `make test-common`: the folder `tests` of transformers' repository (tests/transformers_common/README.md).
 TRANSFORMERS_TESTS ?=
 
-.PHONY: demo test test-all test-common lint docs bench reproduce clean
+.PHONY: demo test test-all test-common lint docs bench gpu reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
@@ -41,6 +41,10 @@ test-common: $(VENV)/installed
 bench: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/speed.py
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/context_growth.py
+
+# With the Python at hand, which has a torch for the GPU; nothing is installed.
+gpu:
+	HF_HUB_OFFLINE=1 $(PYTHON) benchmarks/gpu.py
 
 reproduce: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/reproduce.py --scale $(SCALE)

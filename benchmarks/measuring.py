@@ -44,6 +44,22 @@ def repeated(function: Callable[[], Any], repeats: int, device: str) -> list[flo
     return interleaved({"": function}, repeats, device)[""]
 
 
+def replayable(function: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """On CUDA, a replay of what a call leaves to the device; elsewhere the function itself."""
+    if not device.startswith("cuda"):
+        return function
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # what is done once, is done before
+        for _ in range(2):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
 def summary(values: list[float]) -> dict[str, float]:
     """Median and quartiles."""
     low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else (values[0],) * 3

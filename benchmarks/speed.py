@@ -25,8 +25,7 @@ from baselines import (
     text_positions,
 )
 from fresh_models import add_sizes, fresh_eso_lm, similar_llama
-from matplotlib.figure import Figure
-from measuring import Intervals, hardware, interleaved, peak_memory, repeated, summary
+from measuring import Intervals, hardware, interleaved, peak_memory, repeated, replayable, summary
 from reporting import argument_parser, table, write_results
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
@@ -66,21 +65,25 @@ def full_step(model: EsoForMaskedDiffusion, length: int) -> None:
 def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args: argparse.Namespace) -> list[dict]:
     """`generate` itself, after prompts of several lengths: milliseconds a token, against Llama's own.
 
-    Of the Eso-LM, and of the Llama as the backbone of one.
+    Of the Eso-LM, and of the Llama as the backbone of one. With static caches, which transformers compiles on a GPU,
+    the yardstick is the faster of Llama's two.
     """
     rows = []
     taken_over = EsoForMaskedDiffusion.from_causal_lm(llama, mask_token_id=args.vocab_size - 1)
     for context in args.contexts:
         prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
-        systems = {"Llama": (llama, {"do_sample": True, "top_k": 0, "eos_token_id": None}, 1)}
+        of_llama = {"do_sample": True, "top_k": 0, "eos_token_id": None}
+        systems = {"Llama": (llama, of_llama, 1)}
+        static = {"cache_implementation": "static"}
+        if args.static:
+            systems["Llama, static"] = (llama, of_llama | static, 1)
         for tokens in args.tokens:
             settings = {"alpha_0": 1.0, "unmasking_order": "strided", "eos_token_id": None}
             settings["num_diffusion_steps"] = args.new_tokens // tokens
             systems[f"Eso-LM, {tokens} a step"] = (model, settings, tokens)
             systems[f"Llama as Eso-LM, {tokens} a step"] = (taken_over, settings, tokens)
-            if args.device != "cpu":  # where a step of many small kernels waits for the host
-                compiled = settings | {"cache_implementation": "static"}
-                systems[f"Eso-LM, {tokens} a step, compiled"] = (model, compiled, tokens)
+            if args.static:
+                systems[f"Eso-LM, {tokens} a step, static"] = (model, settings | static, tokens)
         times = {name: [] for name in systems}
         for repeat in range(args.repeats + 1):  # the first one warms up, and compiles
             for name, (system, settings, tokens) in systems.items():
@@ -91,7 +94,7 @@ def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args
                 intervals = clock.close()
                 if repeat > 0:
                     times[name] += [interval / tokens for interval in intervals]
-        yardstick = median(times["Llama"])
+        yardstick = min(median(values) for name, values in times.items() if name in ("Llama", "Llama, static"))
         for name, values in times.items():
             rows.append({"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick})
     return rows
@@ -123,7 +126,10 @@ def measure_steps(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> lis
 
 @torch.no_grad()
 def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
-    """Time to generate L tokens in each row with L forwards, from steps sampled at several contexts."""
+    """Time to generate L tokens in each row with L forwards, from steps sampled at several contexts.
+
+    On a GPU steps are replayed as CUDA graphs, those of all systems alike: what they cost there is not the host's.
+    """
     rows = []
     for batch, length in tqdm([*product(args.batches, args.lengths)], desc="Lengths"):
         steps = {}
@@ -137,6 +143,7 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
             for block in args.blocks:
                 functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, batch, block)
             with model.ready_to_decode():
+                functions = {name: replayable(function, args.device) for name, function in functions.items()}
                 for name, times in interleaved(functions, args.repeats, args.device).items():
                     steps.setdefault(name, []).append(median(times))
         for block in args.blocks:
@@ -146,7 +153,8 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
         if batch == 1:  # a pass over the whole text is limited by arithmetic: rows would only multiply it
             with model.ready_to_decode():
                 repeats = args.repeats if length <= 2048 else 1
-                steps["masked diffusion"] = [median(repeated(partial(full_step, model, length), repeats, args.device))]
+                full = replayable(partial(full_step, model, length), args.device)
+                steps["masked diffusion"] = [median(repeated(full, repeats, args.device))]
         seconds = {name: fmean(values) * length / 1e3 for name, values in steps.items()}
         for name, total in seconds.items():
             ratio = total / seconds["Eso-LM"]
@@ -168,6 +176,7 @@ def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace)
 
     with model.ready_to_decode():
         functions = {"step": partial(eso_step, model, cache, 128), "read": read_weights}
+        functions = {name: replayable(function, args.device) for name, function in functions.items()}
         times = interleaved(functions, 2 * args.repeats, args.device)
     step, read = summary(times["step"]), summary(times["read"])
     return {
@@ -178,8 +187,9 @@ def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace)
     }
 
 
-def measure_training(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> dict:
+def measure_training(model: EsoForMaskedDiffusion, args: argparse.Namespace, compiles: bool = False) -> dict:
     """Forward and backward of the hybrid objective at alpha_0 = 0.25, against those of an AR loss on the same rows."""
+    call = torch.compile(model, backend="aot_eager" if args.device == "cpu" else "inductor") if compiles else model
     torch.manual_seed(0)
     collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=model.config.mask_token_id, alpha_0=0.25)
     text = torch.randint(0, args.vocab_size - 1, (args.train_rows, args.train_length))
@@ -194,7 +204,7 @@ def measure_training(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> 
 
     def run(batch):
         model.zero_grad(set_to_none=True)
-        model(**batch).loss.backward()
+        call(**batch).loss.backward()
 
     model.train()
     try:
@@ -223,50 +233,81 @@ def measure_cache(model: EsoForMaskedDiffusion, length: int = 1024) -> dict:
     return {"bytes": used, "expected": expected, "ratio": used / expected}
 
 
-def report(results: dict) -> str:
-    """The results as Markdown."""
-    settings, steps = results["settings"], results["steps"]
-    lengths = list(dict.fromkeys(row["length"] for row in results["lengths"]))
-    by_length = []
-    for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in results["lengths"]):
-        cells = [row for row in results["lengths"] if (row["batch"], row["system"]) == (batch, system)]
-        numbers = [f"{row['seconds']:.0f} ({row['ratio']:.1f})" for row in cells]
+def report_generate(rows: list[dict]) -> list[str]:
+    return table(
+        "`generate`, time a token | context | ms (quartiles) | against Llama's `generate`",
+        (
+            f"{row['system']} | {row['context']} | {row['median']:.1f} ({row['low']:.1f} to {row['high']:.1f}) | "
+            f"{row['ratio']:.2f}"
+            for row in rows
+        ),
+    )
+
+
+def report_lengths(rows: list[dict]) -> list[str]:
+    lengths, by_length = list(dict.fromkeys(row["length"] for row in rows)), []
+    for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in rows):
+        cells = [row for row in rows if (row["batch"], row["system"]) == (batch, system)]
+        numbers = [f"{row['seconds']:.{0 if row['seconds'] >= 1 else 2}f} ({row['ratio']:.1f})" for row in cells]
         by_length.append(" | ".join([system, str(batch), *numbers]))
-    forwards = list(dict.fromkeys(row["nfe"] for row in steps))
-    by_forwards = []
-    for batch in dict.fromkeys(row["batch"] for row in steps):
-        cells = [row for row in steps if row["batch"] == batch]
+    return [
+        "Seconds for L tokens in each row at NFE = L, from sampled steps (in brackets: against the Eso-LM):",
+        "",
+        *table("| batch | " + " | ".join(f"L = {length}" for length in lengths), by_length),
+    ]
+
+
+def report_steps(rows: list[dict]) -> list[str]:
+    forwards, by_forwards = list(dict.fromkeys(row["nfe"] for row in rows)), []
+    for batch in dict.fromkeys(row["batch"] for row in rows):
+        cells = [row for row in rows if row["batch"] == batch]
         numbers = [f"{row['seconds']:.2f}" + (f" ({row['ratio']:.1f})" if "ratio" in row else "") for row in cells]
         by_forwards.append(" | ".join([str(batch), *numbers]))
-    bound, training, memory = results["memory_bound"], results["training"], results["peak_memory_gb"]
+    return [
+        f"Seconds of `generate` for {rows[0]['length']} tokens in each row against NFE (in brackets: masked "
+        f"diffusion at the same NFE takes so many times as long):",
+        "",
+        *table("batch | " + " | ".join(f"NFE {nfe}" for nfe in forwards), by_forwards),
+    ]
+
+
+def report_memory_bound(bound: dict) -> list[str]:
+    return [
+        f"- A step of one token takes {bound['step_ms']['median']:.1f} ms, reading the weights of its linear "
+        f"layers once {bound['read_ms']['median']:.1f} ms "
+        f"({bound['bandwidth_gb_s']:.1f} GB/s): {bound['ratio']:.2f} times."
+    ]
+
+
+def report_training(training: dict) -> list[str]:
+    return [
+        f"- A training step of the hybrid objective (alpha_0 = 0.25, {training['rows']} rows of "
+        f"{training['length']} tokens) takes {training['ratio']:.2f} times an AR step, "
+        f"{training['hybrid_tokens_per_second']:.0f} tokens a second."
+    ]
+
+
+REPORTS = {
+    "generate": report_generate,
+    "lengths": report_lengths,
+    "steps": report_steps,
+    "memory_bound": report_memory_bound,
+    "training": report_training,
+}
+"""Of each measurement, its lines of Markdown."""
+
+
+def report(results: dict) -> str:
+    """The results as Markdown."""
+    settings, memory = results["settings"], results["peak_memory_gb"]
+    written = {name: write(results[name]) for name, write in REPORTS.items()}
     lines = [
         f"{settings['hardware']}; {settings['parameters']:,} parameters, {settings['dtype']}; "
         f"torch {settings['torch']}, transformers {settings['transformers']}. `benchmarks/speed.py`",
         "",
-        *table(
-            "`generate`, time a token | context | ms (quartiles) | against Llama's `generate`",
-            (
-                f"{row['system']} | {row['context']} | {row['median']:.1f} ({row['low']:.1f} to {row['high']:.1f}) | "
-                f"{row['ratio']:.2f}"
-                for row in results["generate"]
-            ),
-        ),
-        "",
-        "Seconds for L tokens in each row at NFE = L, from sampled steps (in brackets: against the Eso-LM):",
-        "",
-        *table("| batch | " + " | ".join(f"L = {length}" for length in lengths), by_length),
-        "",
-        f"Seconds of `generate` for {steps[0]['length']} tokens in each row against NFE (in brackets: masked "
-        f"diffusion at the same NFE takes so many times as long):",
-        "",
-        *table("batch | " + " | ".join(f"NFE {nfe}" for nfe in forwards), by_forwards),
-        "",
-        f"- A step of one token takes {bound['step_ms']['median']:.1f} ms, reading the weights of its linear "
-        f"layers once {bound['read_ms']['median']:.1f} ms "
-        f"({bound['bandwidth_gb_s']:.1f} GB/s): {bound['ratio']:.2f} times.",
-        f"- A training step of the hybrid objective (alpha_0 = 0.25, {training['rows']} rows of "
-        f"{training['length']} tokens) takes {training['ratio']:.2f} times an AR step, "
-        f"{training['hybrid_tokens_per_second']:.0f} tokens a second.",
+        *[line for name in ("generate", "lengths", "steps") for line in [*written[name], ""]],
+        *written["memory_bound"],
+        *written["training"],
         f"- Peak memory: {memory['generation']:.2f} GB with both models and their caches while generating, "
         f"{memory['training']:.2f} GB when training too.",
         f"- The cache takes {results['cache']['ratio']:.3f} times 2 x layers x batch x length x width x bytes.",
@@ -276,6 +317,8 @@ def report(results: dict) -> str:
 
 def plot(rows: list[dict], path: Path) -> None:
     """Generation time against length."""
+    from matplotlib.figure import Figure  # which machines that only measure may not have
+
     figure = Figure(figsize=(5.5, 4))
     axes = figure.subplots()
     for batch, system in dict.fromkeys((row["batch"], row["system"]) for row in rows):
@@ -326,6 +369,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--train-repeats", type=int, default=3)
     add_sizes(parser)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--static", action="store_true", help="`generate` with static caches too, compiled on a GPU")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args(arguments)
