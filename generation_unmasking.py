@@ -160,12 +160,9 @@ class ParallelUnmasking(DecodingStrategy):
         ).tolist()
         require_drawable(can_be_drawn)
         kept = [slot for slot, keep in enumerate(keeps) if keep]
-        decisions = Decisions(
-            rows=[rows[slot] for slot in kept],
-            columns=[columns[slot] for slot in kept],
-            scores=scores[kept],
-            logits=logits[kept],
-        )
+        if len(kept) < len(keeps):
+            scores, logits = scores[kept], logits[kept]
+        decisions = Decisions([rows[slot] for slot in kept], [columns[slot] for slot in kept], scores, logits)
         tokens, values = [int(tokens[slot]) for slot in kept], [values[slot] for slot in kept]
         self.canvas.reveal(decisions.rows, decisions.columns, tokens, values, step)
         self.schedule.advance(widths, [bool(keep) for keep in keeps], self.use_cache)
