@@ -1,7 +1,7 @@
 """How the time of a decoding step grows with the context: it should grow by reading the cache, and by nothing else.
 
-Decodes on top of caches of growing length, a few tokens a step. What a step takes longer than at the shortest context
-is set against what attention alone takes longer there, in the same run.
+Decodes on top of caches of growing length, a few tokens a step. In the same run: what it takes to read the weights of
+the linear layers and what is cached, once; and what sdpa alone takes longer than at the shortest context.
 
 python benchmarks/context_growth.py          # about a minute on 2 cores
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from baselines import filled_cache, text_positions
 from fresh_models import add_sizes, fresh_eso_lm
-from measuring import interleaved
+from measuring import interleaved, warm_up
 from reporting import argument_parser, table, write_results
 
 
@@ -35,12 +35,24 @@ def main(args: argparse.Namespace) -> None:
         for layer in cache.layers:
             F.scaled_dot_product_attention(queries, layer.keys[:, :, :context], layer.values[:, :, :context])
 
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    weights = [module.weight for module in linear if not hasattr(module, "folded")]
+
+    def read(context: int) -> None:
+        for weight in weights:
+            weight.sum()
+        for layer in cache.layers:
+            # As many bytes as are cached, one after the other.
+            for states in (layer.keys, layer.values):
+                states.view(-1)[: states.numel() * context // longest].sum()
+
     functions = {
         (name, context): partial(function, context)
         for context in args.contexts
-        for name, function in (("step", step), ("attention", attention))
+        for name, function in (("step", step), ("attention", attention), ("read", read))
     }
     with model.ready_to_decode():  # as `generate` does
+        warm_up(partial(step, min(args.contexts)))
         times = interleaved(functions, args.repeats, args.device)
     medians = {key: median(values) for key, values in times.items()}
 
@@ -51,12 +63,14 @@ def main(args: argparse.Namespace) -> None:
             "step_ms": medians["step", context],
             "growth_ms": medians["step", context] - medians["step", shortest],
             "attention_growth_ms": medians["attention", context] - medians["attention", shortest],
+            "read_ms": medians["read", context],
+            "against_reading": medians["step", context] / medians["read", context],
         }
         for context in args.contexts
     ]
     print(f"{args.tokens} tokens a step, {model.num_parameters():,} parameters, {args.dtype}, {args.device}")
     lines = (f"{row['context']} | " + " | ".join(f"{value:.2f}" for value in list(row.values())[1:]) for row in rows)
-    header = "context | step (ms) | growth of the step (ms) | growth of attention alone (ms)"
+    header = "context | step (ms) | growth of the step (ms) | growth of sdpa alone (ms) | reading (ms) | against it"
     print("\n".join(table(header, lines)))
     settings = {name: str(value) for name, value in vars(args).items()} | {"torch": torch.__version__}
     write_results(args.output, "context_growth", {"settings": settings, "results": rows})

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from eso_lm.modeling_products import MIN_ROWS, ROWS_TO_PACK
+
 
 def synchronize(device: str) -> None:
     """Waits for the accelerator, so that a clock can be read."""
@@ -37,6 +39,12 @@ def interleaved(
             if repeat > 0:
                 times[name].append(spent)
     return times
+
+
+def warm_up(step: Callable[[], Any]) -> None:
+    """As many decoding steps as it takes until the model has packed its weights, where it does."""
+    for _ in range(ROWS_TO_PACK // MIN_ROWS + 2):
+        step()
 
 
 def repeated(function: Callable[[], Any], repeats: int, device: str) -> list[float]:

@@ -9,6 +9,8 @@ hours, steps of the same cost are timed at several contexts and added up; the ta
 """
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,7 +27,7 @@ from baselines import (
     text_positions,
 )
 from fresh_models import add_sizes, fresh_eso_lm, similar_llama
-from measuring import Intervals, hardware, interleaved, peak_memory, repeated, replayable, summary
+from measuring import Intervals, hardware, interleaved, peak_memory, repeated, replayable, summary, warm_up
 from reporting import argument_parser, table, write_results
 from tqdm import tqdm
 from transformers import LlamaForCausalLM
@@ -56,6 +58,15 @@ def block_step(
     draw(BlockDiffusionSampler(model, block_length).forward(ids, context, cache, places=1))
 
 
+@contextmanager
+def warm(model: EsoForMaskedDiffusion) -> Iterator[None]:
+    """A model that is ready to decode, as a server keeps it, and has packed its weights if it does that."""
+    settings = {"num_diffusion_steps": 2, "unmasking_order": "strided", "eos_token_id": None}
+    with model.ready_to_decode():
+        warm_up(partial(model.generate, max_new_tokens=2, **settings))
+        yield
+
+
 def full_step(model: EsoForMaskedDiffusion, length: int) -> None:
     """A pass over the whole text, of which one token is drawn."""
     text = torch.full((1, length), model.config.mask_token_id, device=model.device)
@@ -68,60 +79,63 @@ def measure_generate(model: EsoForMaskedDiffusion, llama: LlamaForCausalLM, args
     Of the Eso-LM, and of the Llama as the backbone of one. With static caches, which transformers compiles on a GPU,
     the yardstick is the faster of Llama's two.
     """
-    rows = []
     taken_over = EsoForMaskedDiffusion.from_causal_lm(llama, mask_token_id=args.vocab_size - 1)
-    for context in args.contexts:
-        prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
-        of_llama = {"do_sample": True, "top_k": 0, "eos_token_id": None}
-        systems = {"Llama": (llama, of_llama, 1)}
-        static = {"cache_implementation": "static"}
-        if args.static:
-            systems["Llama, static"] = (llama, of_llama | static, 1)
-        for tokens in args.tokens:
-            settings = {"alpha_0": 1.0, "unmasking_order": "strided", "eos_token_id": None}
-            settings["num_diffusion_steps"] = args.new_tokens // tokens
-            systems[f"Eso-LM, {tokens} a step"] = (model, settings, tokens)
-            systems[f"Llama as Eso-LM, {tokens} a step"] = (taken_over, settings, tokens)
+    with warm(model), warm(taken_over):
+        rows = []
+        for context in args.contexts:
+            prompt = torch.randint(0, args.vocab_size - 1, (1, context), device=args.device)
+            of_llama = {"do_sample": True, "top_k": 0, "eos_token_id": None}
+            systems = {"Llama": (llama, of_llama, 1)}
+            static = {"cache_implementation": "static"}
             if args.static:
-                systems[f"Eso-LM, {tokens} a step, static"] = (model, settings | static, tokens)
-        times = {name: [] for name in systems}
-        for repeat in range(args.repeats + 1):  # the first one warms up, and compiles
-            for name, (system, settings, tokens) in systems.items():
-                clock = Intervals(system, args.device)
-                system.generate(
-                    prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.new_tokens, **settings
+                systems["Llama, static"] = (llama, of_llama | static, 1)
+            for tokens in args.tokens:
+                settings = {"alpha_0": 1.0, "unmasking_order": "strided", "eos_token_id": None}
+                settings["num_diffusion_steps"] = args.new_tokens // tokens
+                systems[f"Eso-LM, {tokens} a step"] = (model, settings, tokens)
+                systems[f"Llama as Eso-LM, {tokens} a step"] = (taken_over, settings, tokens)
+                if args.static:
+                    systems[f"Eso-LM, {tokens} a step, static"] = (model, settings | static, tokens)
+            times = {name: [] for name in systems}
+            for repeat in range(args.repeats + 1):  # the first one warms up, and compiles
+                for name, (system, settings, tokens) in systems.items():
+                    clock = Intervals(system, args.device)
+                    system.generate(
+                        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.new_tokens, **settings
+                    )
+                    intervals = clock.close()
+                    if repeat > 0:
+                        times[name] += [interval / tokens for interval in intervals]
+            yardstick = min(median(values) for name, values in times.items() if name in ("Llama", "Llama, static"))
+            for name, values in times.items():
+                rows.append(
+                    {"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick}
                 )
-                intervals = clock.close()
-                if repeat > 0:
-                    times[name] += [interval / tokens for interval in intervals]
-        yardstick = min(median(values) for name, values in times.items() if name in ("Llama", "Llama, static"))
-        for name, values in times.items():
-            rows.append({"system": name, "context": context, **summary(values), "ratio": median(values) / yardstick})
-    return rows
+        return rows
 
 
 @torch.no_grad()
 def measure_steps(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> list[dict]:
     """Whole runs of `generate`: seconds for L tokens in each row against NFE, and masked diffusion's for the same."""
-    rows, length = [], args.step_length
-    with model.ready_to_decode():
+    with warm(model):
+        rows, length = [], args.step_length
         full = median(repeated(partial(full_step, model, length), 2, args.device))
-    for batch, steps in tqdm([*product(args.batches, args.steps)], desc="NFE"):
-        generate = partial(
-            model.generate,
-            num_return_sequences=batch,
-            max_new_tokens=length,
-            alpha_0=1.0,
-            unmasking_order="strided",  # each of its steps reveals something: NFE is their number
-            num_diffusion_steps=steps,
-            eos_token_id=None,
-        )
-        spent = median(repeated(generate, 2, args.device))
-        row = {"batch": batch, "length": length, "nfe": steps, "seconds": spent / 1e3}
-        if batch == 1:
-            row["ratio"] = steps * full / spent
-        rows.append(row)
-    return rows
+        for batch, steps in tqdm([*product(args.batches, args.steps)], desc="NFE"):
+            generate = partial(
+                model.generate,
+                num_return_sequences=batch,
+                max_new_tokens=length,
+                alpha_0=1.0,
+                unmasking_order="strided",  # each of its steps reveals something: NFE is their number
+                num_diffusion_steps=steps,
+                eos_token_id=None,
+            )
+            spent = median(repeated(generate, 2, args.device))
+            row = {"batch": batch, "length": length, "nfe": steps, "seconds": spent / 1e3}
+            if batch == 1:
+                row["ratio"] = steps * full / spent
+            rows.append(row)
+        return rows
 
 
 @torch.no_grad()
@@ -130,36 +144,35 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
 
     On a GPU steps are replayed as CUDA graphs, those of all systems alike: what they cost there is not the host's.
     """
-    rows = []
-    for batch, length in tqdm([*product(args.batches, args.lengths)], desc="Lengths"):
-        steps = {}
-        for eighth in (1, 3, 5, 7):
-            context = length * eighth // 8
-            cache = filled_cache(model, batch, length + max(args.blocks, default=0) + 2, context)
-            functions = {
-                "Eso-LM": partial(eso_step, model, cache, context, batch),
-                "AR": partial(autoregressive_step, model, cache, context, batch),
-            }
-            for block in args.blocks:
-                functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, batch, block)
-            with model.ready_to_decode():
+    with warm(model):
+        rows = []
+        for batch, length in tqdm([*product(args.batches, args.lengths)], desc="Lengths"):
+            steps = {}
+            for eighth in (1, 3, 5, 7):
+                context = length * eighth // 8
+                cache = filled_cache(model, batch, length + max(args.blocks, default=0) + 2, context)
+                functions = {
+                    "Eso-LM": partial(eso_step, model, cache, context, batch),
+                    "AR": partial(autoregressive_step, model, cache, context, batch),
+                }
+                for block in args.blocks:
+                    functions[f"block diffusion, {block}"] = partial(block_step, model, cache, context, batch, block)
                 functions = {name: replayable(function, args.device) for name, function in functions.items()}
                 for name, times in interleaved(functions, args.repeats, args.device).items():
                     steps.setdefault(name, []).append(median(times))
-        for block in args.blocks:
-            # A token a pass, and one more pass to cache each block.
-            name = f"block diffusion, {block}"
-            steps[name] = [(block + 1) / block * step for step in steps[name]]
-        if batch == 1:  # a pass over the whole text is limited by arithmetic: rows would only multiply it
-            with model.ready_to_decode():
+            for block in args.blocks:
+                # A token a pass, and one more pass to cache each block.
+                name = f"block diffusion, {block}"
+                steps[name] = [(block + 1) / block * step for step in steps[name]]
+            if batch == 1:  # a pass over the whole text is limited by arithmetic: rows would only multiply it
                 repeats = args.repeats if length <= 2048 else 1
                 full = replayable(partial(full_step, model, length), args.device)
                 steps["masked diffusion"] = [median(repeated(full, repeats, args.device))]
-        seconds = {name: fmean(values) * length / 1e3 for name, values in steps.items()}
-        for name, total in seconds.items():
-            ratio = total / seconds["Eso-LM"]
-            rows.append({"system": name, "batch": batch, "length": length, "seconds": total, "ratio": ratio})
-    return rows
+            seconds = {name: fmean(values) * length / 1e3 for name, values in steps.items()}
+            for name, total in seconds.items():
+                ratio = total / seconds["Eso-LM"]
+                rows.append({"system": name, "batch": batch, "length": length, "seconds": total, "ratio": ratio})
+        return rows
 
 
 @torch.no_grad()
@@ -174,7 +187,7 @@ def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace)
         for weight in weights:
             weight.sum()
 
-    with model.ready_to_decode():
+    with warm(model):
         functions = {"step": partial(eso_step, model, cache, 128), "read": read_weights}
         functions = {name: replayable(function, args.device) for name, function in functions.items()}
         times = interleaved(functions, 2 * args.repeats, args.device)
