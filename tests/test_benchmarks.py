@@ -7,10 +7,12 @@ import independent_rows
 import lossless_speed
 import measuring
 import pytest
+import quantization
 import scoring_cost
 import speed
+import step_split
 import training_cost
-from tiny_models import random_batch, randomized_model
+from tiny_models import random_batch, randomized_model, save_with_tokenizer
 
 
 def test_speed_at_toy_size(tmp_path):
@@ -105,11 +107,41 @@ def test_steps_and_rows_at_toy_size(tmp_path):
     results = json.loads((tmp_path / "context_growth.json").read_text())["results"]
     assert [row["context"] for row in results] == [8, 16]
     assert results[0]["growth_ms"] == results[0]["attention_growth_ms"] == 0
+    assert all(row["against_reading"] == row["step_ms"] / row["read_ms"] for row in results)
     independent_rows.main(independent_rows.parse_args(f"{sizes} --batches 2 --length 8 --steps 2 4".split()))
     results = json.loads((tmp_path / "independent_rows.json").read_text())["results"]
     assert [(row["batch"], row["steps"]) for row in results] == [(2, 2), (2, 4)]
     for row in results:
         assert 0 < row["ratio"]["low"] <= row["ratio"]["median"] <= row["ratio"]["high"]
+
+
+def test_the_split_of_a_step_at_toy_size(tmp_path):
+    sizes = f"--output {tmp_path} --hidden-size 32 --num-layers 1 --num-heads 2 --vocab-size 64 --repeats 3"
+    step_split.main(step_split.parse_args(f"{sizes} --dtypes float32 --contexts 8 --batches 1 2".split()))
+    rows = json.loads((tmp_path / "step_split.json").read_text())["results"]
+    assert [row["batch"] for row in rows] == [1, 2]
+    for row in rows:
+        parts = [value for name, value in row.items() if name not in ("dtype", "batch", "context", "step")]
+        assert sum(parts) == pytest.approx(row["step"])
+        assert min(row[name] for name in step_split.GROUPS) > 0
+    assert step_split.group_of("aten::_scaled_dot_product_flash_attention_for_cpu") == "attention"
+    assert step_split.group_of("mkldnn::_linear_pointwise") == "products"
+    assert step_split.group_of("aten::addcmul") == "other operators"
+
+
+def test_quantised_models_at_toy_size(tmp_path):
+    texts = [f"Return the size of file {number}." for number in range(20)]
+    save_with_tokenizer(tmp_path / "model", texts, hidden_size=64, intermediate_size=128, cond_dim=32)
+    rows = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "model" / "held_out.jsonl").write_text("\n".join(rows) + "\n")
+    sizes = "--hidden-size 128 --num-layers 1 --num-heads 2 --vocab-size 64 --repeats 2 --length 16 --texts 4"
+    arguments = f"--model {tmp_path / 'model'} --output {tmp_path} --batches 1 {sizes}".split()
+    quantization.main(quantization.parse_args(arguments))
+    results = json.loads((tmp_path / "quantization.json").read_text())
+    assert [(row["bits"], row["batch"]) for row in results["steps"]] == [(16, 1), (8, 1), (4, 1)]
+    assert [row["bits"] for row in results["loss"]] == [16, 8, 4]
+    assert results["loss"][0]["more"] == 0 < abs(results["loss"][1]["more"]) < abs(results["loss"][2]["more"])
+    assert (tmp_path / "quantization.md").read_text().count("\n") == 7
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ WITH_SNIPPETS = [
     "docs/generation.md",
     "docs/lossless-decoding.md",
     "docs/likelihood.md",
+    "docs/performance.md",
     "docs/authors-code.md",
 ]
 LINKING = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
