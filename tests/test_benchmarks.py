@@ -13,6 +13,7 @@ import speed
 import step_split
 import training_cost
 from tiny_models import random_batch, randomized_model, save_with_tokenizer
+from transformers import AutoModel
 
 
 def test_speed_at_toy_size(tmp_path):
@@ -132,6 +133,9 @@ def test_the_split_of_a_step_at_toy_size(tmp_path):
 def test_quantised_models_at_toy_size(tmp_path):
     texts = [f"Return the size of file {number}." for number in range(20)]
     save_with_tokenizer(tmp_path / "model", texts, hidden_size=64, intermediate_size=128, cond_dim=32)
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(pad_to_multiple_of=16)
+    model.save_pretrained(tmp_path / "model")
     rows = [json.dumps({"text": text}) for text in texts]
     (tmp_path / "model" / "held_out.jsonl").write_text("\n".join(rows) + "\n")
     sizes = "--hidden-size 128 --num-layers 1 --num-heads 2 --vocab-size 64 --repeats 2 --length 16 --texts 4"
