@@ -51,8 +51,8 @@ class _SharedInput:
 class PackedWeight:
     """Weights in the layout that oneDNN likes best, of layers that are fed the same input, as one.
 
-    Their product is made when the first of them asks for it. It is only read slower, never wrongly, where another
-    thread or another input comes between.
+    Their product is made when the first of them asks for it, and kept for the others. Where another thread or another
+    input comes between, it is made again.
     """
 
     def __init__(self, layers: list["DecodingLinear"]):
@@ -212,6 +212,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
 def _can_be_packed(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there, and has fast products of this type."""
-    if not torch.backends.mkldnn.is_available():
+    operators = ("_reorder_linear_weight", "_linear_pointwise", "_is_mkldnn_bf16_supported")  # torch's own: may go
+    if not torch.backends.mkldnn.is_available() or not all(hasattr(torch.ops.mkldnn, name) for name in operators):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())

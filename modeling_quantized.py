@@ -15,6 +15,13 @@ MAX_QUANTIZED_ROWS = 16
 """Rows up to which the kernels are faster than a product by a copy of the weight in the type of the inputs."""
 
 
+KERNELS: dict[str, tuple[Any, str]] = {
+    "Int8Tensor": (torch, "_weight_int8pack_mm"),
+    "Int4OpaqueTensor": (torch.ops.aten, "_weight_int4pack_mm_for_cpu"),
+}
+"""Of each kind of weight, where its kernel is, if this torch has it: these are torch's own, and may go."""
+
+
 class QuantizedWeight(ABC):
     """The weight of a layer, in few bits, and its bias."""
 
@@ -66,8 +73,10 @@ class _Int4Weight(QuantizedWeight):
 def quantized_weight(layer: nn.Linear) -> QuantizedWeight | None:
     """The weight of a layer, if it is one of torchao's, in bfloat16, that torch has a kernel for."""
     weight: Any = layer.weight
-    kind, dtype = type(weight).__name__, weight.dtype
-    if kind not in ("Int8Tensor", "Int4OpaqueTensor") or dtype != torch.bfloat16 or weight.act_pre_scale is not None:
+    kind = type(weight).__name__
+    if kind not in KERNELS or not hasattr(*KERNELS[kind]):
+        return None
+    if weight.dtype != torch.bfloat16 or weight.act_pre_scale is not None:
         return None
     if kind == "Int4OpaqueTensor":
         return None if weight.act_mapping_type is not None else _Int4Weight(layer, weight)

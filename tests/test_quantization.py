@@ -144,6 +144,16 @@ def test_adapters_train_on_weights_of_torchao(tmp_path):
     assert model.generate(max_new_tokens=5).shape == (1, 5)
 
 
+@torch.no_grad()
+def test_without_a_kernel_torchao_multiplies(monkeypatch):
+    monkeypatch.setitem(modeling_quantized.KERNELS, "Int8Tensor", (torch, "_a_kernel_that_is_no_more"))
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64).to(torch.bfloat16))
+    quantize_(layers, Int8WeightOnlyConfig())
+    with modeling_products.fast_products(layers):
+        assert type(layers[0]) is torch.nn.Linear
+        assert layers(torch.ones(2, 64, dtype=torch.bfloat16)).isfinite().all()
+
+
 def test_other_weights_of_torchao_go_their_own_way():
     """In float32 the kernels are slow, and products of quantised activations are something else."""
     for config, dtype in [
