@@ -347,6 +347,28 @@ def test_draws_by_blocks_are_draws(vocab_size, slots, seed, share_of_zeros, edge
         assert below - 1e-12 <= uniform[row].item() * total <= below + exact[token] + 1e-12
 
 
+@pytest.mark.parametrize(("vocab_size", "size", "seed"), [(16, 8, 3), (16, 8, 11), (250, 64, 0), (250, 64, 8)])
+def test_a_block_that_adds_up_to_less_by_rounding_gives_its_last_token(vocab_size, size, seed, monkeypatch):
+    """Sums in another order: by the block as a whole the target is within, token by token it is beyond."""
+    monkeypatch.setattr(generation_sampling, "TOKENS_OF_BLOCK", size)
+    monkeypatch.setattr(generation_sampling, "MAX_WEIGHTS_AT_ONCE", 0)
+    weights = torch.rand(1, vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    uniform = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    assert generation_sampling.draw_by_weight(weights, uniform).tolist() == [vocab_size - 1]
+    weights = F.pad(weights, (0, 2))  # and not one of no weight behind it
+    assert generation_sampling.draw_by_weight(weights, uniform).tolist() == [vocab_size - 1]
+
+
+@pytest.mark.parametrize(("seed", "uniform"), [(30, 0.7521668167662798), (32, 0.5511544809683881)])
+def test_a_target_at_the_start_of_a_block_draws_no_token_of_no_weight(seed, uniform, monkeypatch):
+    """What is under a block is the sum of those before, not its end less its own sum, which rounding may move."""
+    monkeypatch.setattr(generation_sampling, "TOKENS_OF_BLOCK", 8)
+    monkeypatch.setattr(generation_sampling, "MAX_WEIGHTS_AT_ONCE", 0)
+    weights = torch.rand(1, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    weights[0, 8] = 0
+    assert generation_sampling.draw_by_weight(weights, torch.tensor([uniform], dtype=torch.float64)).tolist() == [9]
+
+
 def test_large_draws_go_by_blocks_and_are_the_same():
     generator = torch.Generator().manual_seed(0)
     scores = 3 * torch.randn(7, 50_000, generator=generator)
