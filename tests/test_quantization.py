@@ -145,6 +145,19 @@ def test_adapters_train_on_weights_of_torchao(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("bits", [8, 4])
+def test_inputs_of_other_types_go_the_way_of_torchao(bits):
+    """Of which the kernels make slow work."""
+    layers = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False).to(torch.bfloat16))
+    quantize_(layers, torchao_config(bits).quant_type)
+    with modeling_products.fast_products(layers):
+        weight, _ = layers[0].packed
+        assert weight.fits(torch.ones(2, 64, dtype=torch.bfloat16))
+        assert not weight.fits(torch.ones(2, 64))
+        assert not weight.fits(torch.ones(0, 64, dtype=torch.bfloat16))
+
+
+@torch.no_grad()
 def test_without_a_kernel_torchao_multiplies(monkeypatch):
     monkeypatch.setitem(modeling_quantized.KERNELS, "Int8Tensor", (torch, "_a_kernel_that_is_no_more"))
     layers = torch.nn.Sequential(torch.nn.Linear(64, 64).to(torch.bfloat16))
