@@ -121,7 +121,7 @@ def score(
         chunk_length = max(chunk_length, _longest_group(layout.group_starts))
     values = torch.zeros(rows, slots, dtype=torch.float32)
     is_greedy = torch.ones(rows, slots, dtype=torch.bool)
-    with evaluation_mode(model):
+    with evaluation_mode(model), model.ready_to_decode():
         for batch in budget.batches(rows, _bytes_per_row(model, slots, chunk_length), title):
             part = layout[batch]
             if not part.is_wanted.any():

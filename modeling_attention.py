@@ -177,7 +177,7 @@ def eager_attention_forward(
         return output.transpose(1, 2).contiguous(), weights
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
     _hide(scores, attention_mask)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
@@ -253,7 +253,7 @@ def _attend_by_products(
     grouped = (query * scaling).reshape(batch, num_key_heads, -1, width).contiguous()
     scores = _scores(grouped, key).view(batch, num_heads, slots, num_keys)
     _hide(scores, attention_mask)
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
     mixed = _mix(weights.view(batch, num_key_heads, -1, num_keys), value)
     return mixed.view(batch, num_heads, slots, -1), weights
 

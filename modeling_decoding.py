@@ -81,17 +81,16 @@ class DecodingStep:
 
     @staticmethod
     def of(backbone: Any) -> "DecodingStep | None":
-        """That of a backbone of known layers on the CPU; None for others, and where adapters have changed it."""
-        if not (hasattr(backbone, "timestep_embedding") or _is_like_llama(backbone)):
+        """That of a backbone of known parts on the CPU; None for others, and where adapters have changed it."""
+        if not _is_known(backbone):
             return None
-        modules = list(backbone.modules())
-        linear = [module for layer in backbone.layers for module in layer.modules() if isinstance(module, nn.Linear)]
-        config = backbone.config
+        modules, config, embeddings = list(backbone.modules()), backbone.config, backbone.embed_tokens
+        linear = [module for module in modules if isinstance(module, DecodingLinear)]
         is_plain = (
-            backbone.embed_tokens.weight.device.type == "cpu"
+            embeddings.weight.device.type == "cpu"
+            and embeddings.max_norm is None
             and backbone.dtype in (torch.float32, torch.bfloat16)
-            and all(type(module) in (DecodingLinear, EsoModulation) for module in linear)
-            and len(linear) == 7 * len(backbone.layers) > 0
+            and all(module.weight.dtype == backbone.dtype for module in (embeddings, *linear[-7:], *linear[:7]))
             and not any("forward" in module.__dict__ for module in modules)
             and not (config.output_hidden_states or config.output_attentions)
         )
@@ -111,10 +110,20 @@ class DecodingStep:
             and arguments.get("position_ids") is not None
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4))
             and all(value is None for name, value in arguments.items() if name not in ARGUMENTS)
-            and not any(self.hooks)
+            and not self.backbone.training
+            and not self._is_listened_to()
             and not torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
+        )
+
+    def _is_listened_to(self) -> bool:
+        """Whether a module has hooks; those by which transformers records states stay behind, and are idle here."""
+        return any(
+            getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+            for hooks in self.hooks
+            if hooks
+            for hook in hooks.values()
         )
 
     def __call__(
@@ -172,18 +181,37 @@ class DecodingStep:
         return angles[:, position_ids][:, :, None]
 
 
-def _is_like_llama(backbone: Any) -> bool:
-    """By its name, and the parts of its layers."""
+def _is_known(backbone: Any) -> bool:
+    """Whether a backbone consists of the parts that it is made of, and of no others, down to their classes."""
     kind = type(backbone)
-    if kind.__name__ not in LIKE_LLAMA or not kind.__module__.startswith("transformers.models."):
+    is_eso, is_like_llama = kind.__name__ == "EsoModel", kind.__name__ in LIKE_LLAMA
+    if not (is_eso or (is_like_llama and kind.__module__.startswith("transformers.models."))):
         return False
-    parts = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
-    of_attention, of_mlp = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj", "act_fn"}
-    return all(
-        {name for name, _ in layer.named_children()} == parts
-        and {name for name, _ in layer.self_attn.named_children()} == of_attention
-        and {name for name, _ in layer.mlp.named_children()} == of_mlp
-        for layer in backbone.layers
+    family = kind.__name__.removesuffix("Model")
+    norm = "EsoLayerNorm" if is_eso else f"{family}RMSNorm"
+    of_layer = {
+        "": f"{family}DecoderLayer",
+        "input_layernorm": norm,
+        "post_attention_layernorm": norm,
+        "self_attn": f"{family}Attention",
+        "mlp": f"{family}MLP",
+    }
+    of_mlp = ("up_proj", "down_proj") if is_eso else ("gate_proj", "up_proj", "down_proj")
+    linear = [f"self_attn.{name}_proj" for name in "qkvo"] + [f"mlp.{name}" for name in of_mlp]
+    of_layer |= dict.fromkeys(linear, DecodingLinear.__name__)
+    if is_eso:
+        of_layer["modulation"] = EsoModulation.__name__
+    own = {kind.__module__, DecodingLinear.__module__, EsoModulation.__module__}
+
+    def parts_of(layer: nn.Module) -> dict[str, str]:
+        parts = {name: part for name, part in layer.named_modules() if name != "mlp.act_fn"}
+        return {name: type(part).__name__ if type(part).__module__ in own else "?" for name, part in parts.items()}
+
+    return (
+        type(backbone.embed_tokens) is nn.Embedding
+        and type(backbone.norm).__name__ == norm
+        and len(backbone.layers) > 0
+        and all(parts_of(layer) == of_layer for layer in backbone.layers)
     )
 
 

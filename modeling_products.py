@@ -1,5 +1,6 @@
 """Linear layers of a decoding step: products of few rows on the CPU, at the speed at which memory gives weights."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,6 +38,9 @@ class _SharedInput:
 
     inputs: torch.Tensor | None = None
     layers: list["DecodingLinear"]
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
 
     def note(self, inputs: torch.Tensor, layer: "DecodingLinear") -> list["DecodingLinear"]:
         """The layers that get these inputs: a list that grows until the next ones come."""
@@ -130,16 +134,18 @@ class DecodingLinear(nn.Linear):
 
     def _count(self, inputs: torch.Tensor) -> None:
         """Takes note of a product, and packs the weight after enough of them."""
-        partners, self.partners = self.partners, self.shared_input.note(inputs, self)
-        if inputs.numel() * self.out_features < MIN_PACKED_PRODUCT:
-            return
-        assert self.rows_to_pack is not None
-        self.rows_to_pack -= max(inputs.numel() // inputs.shape[-1], MIN_ROWS)
-        if self.rows_to_pack <= 0 and partners:
-            waiting = [layer for layer in partners if layer.rows_to_pack is not None or layer is self]
-            weight = PackedWeight(waiting)
-            for index, layer in enumerate(waiting):
-                layer.packed, layer.rows_to_pack = (weight, index), None
+        with self.shared_input.lock:
+            if self.rows_to_pack is None:
+                return  # another thread was faster
+            partners, self.partners = self.partners, self.shared_input.note(inputs, self)
+            if inputs.numel() * self.out_features < MIN_PACKED_PRODUCT:
+                return
+            self.rows_to_pack -= max(inputs.numel() // inputs.shape[-1], MIN_ROWS)
+            if self.rows_to_pack <= 0 and partners:
+                waiting = [layer for layer in partners if layer.rows_to_pack is not None]
+                weight = PackedWeight(waiting)
+                for index, layer in enumerate(waiting):
+                    layer.packed, layer.rows_to_pack = (weight, index), None
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """A copy is a linear layer like any other: nobody would tell it when the weights begin to change."""

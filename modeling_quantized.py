@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+ALIGNMENT = 64
+"""Bytes at whose multiples the kernel of 8 bits wants its tensors to begin; and it wants 32 inputs at a time. It
+crashes on others, such as what safetensors maps from a file."""
+
 MAX_QUANTIZED_ROWS = 16
 """Rows up to which the kernels are faster than a product by a copy of the weight in the type of the inputs."""
 
@@ -53,10 +57,10 @@ class _Int8Weight(QuantizedWeight):
 
     def __init__(self, layer: nn.Linear, weight: Any):
         super().__init__(layer)
-        self.values, self.scales = weight.qdata, weight.scale.flatten().to(weight.dtype)
+        self.values, self.scales = _aligned(weight.qdata), _aligned(weight.scale.flatten().to(weight.dtype))
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch._weight_int8pack_mm(rows, self.values, self.scales)
+        return torch._weight_int8pack_mm(_aligned(rows), self.values, self.scales)
 
 
 class _Int4Weight(QuantizedWeight):
@@ -68,6 +72,12 @@ class _Int4Weight(QuantizedWeight):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(rows, self.values, self.group_size, self.scales)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor, or a copy of it, that begins where the kernel of 8 bits wants it to."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % ALIGNMENT == 0 else tensor.clone()
 
 
 def quantized_weight(layer: nn.Linear) -> QuantizedWeight | None:
@@ -83,5 +93,7 @@ def quantized_weight(layer: nn.Linear) -> QuantizedWeight | None:
     has_scale_of_each_output = weight.scale.numel() == layer.out_features
     is_symmetric = weight.zero_point is None or not weight.zero_point.any()
     if not has_scale_of_each_output or not is_symmetric or weight.act_quant_kwargs is not None:
+        return None
+    if layer.in_features % 32 != 0:
         return None
     return _Int8Weight(layer, weight)

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -9,13 +11,18 @@ import torch
 import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, TrainableTokensConfig, get_peft_model
 from tiny_models import backbone_config, random_batch, random_orders, randomized_model
 from transformers.cache_utils import DynamicCache
 
 from eso_lm import generation_sampling, modeling_attention, modeling_decoding, modeling_products
 from eso_lm.generation_cache import PreallocatedCache
-from eso_lm.modeling_attention import attend_few_queries, eager_attention_forward, rotate
+from eso_lm.modeling_attention import (
+    attend_few_queries,
+    eager_attention_forward,
+    grouped_sdpa_attention_forward,
+    rotate,
+)
 from eso_lm.modeling_products import DecodingLinear, fast_products
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
@@ -228,6 +235,163 @@ def test_whoever_listens_to_the_modules_hears_them():
 
 
 @torch.no_grad()
+def test_what_records_states_is_no_listener():
+    """transformers leaves its hooks behind when it has been asked for hidden states once."""
+    model = copy.deepcopy(KNOWN[None])
+    ids, positions = random_batch(model, 1, 6), random_orders(1, 6)
+    expected = model(ids, position_ids=positions, output_hidden_states=True).hidden_states
+    assert any(module._forward_hooks for module in model.modules())
+    with model.ready_to_decode():
+        cache = DynamicCache()
+        model.run_backbone(input_ids=ids[:, :4], position_ids=positions[:, :4], past_key_values=cache)
+        given_arguments = {"input_ids": ids[:, 4:], "position_ids": positions[:, 4:], "past_key_values": cache}
+        assert model._decoding_step.can_run(given_arguments)
+        states = model(**given_arguments, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(states[1], expected[1][:, 4:], atol=1e-4, rtol=1e-5)
+    assert len(states) == len(expected)
+
+
+class OtherMLP(torch.nn.Module):
+    """An MLP that is like another, and gives twice as much."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        for name, module in mlp.named_children():
+            setattr(self, name, module)
+        self.original = [mlp]
+
+    def forward(self, states):
+        return 2 * self.original[0](states)
+
+
+def change_mlp(model):
+    layer = model.model.layers[1]
+    layer.mlp = OtherMLP(layer.mlp)
+
+
+def change_class(model):
+    attention = model.model.layers[0].self_attn
+    kind = type(attention)
+    attention.__class__ = type(
+        kind.__name__, (kind,), {"forward": lambda self, *args, **kw: (2 * kind.forward(self, *args, **kw)[0], None)}
+    )
+
+
+def limit_embeddings(model):
+    model.model.embed_tokens.max_norm = 0.5
+
+
+def parametrise(model):
+    layer = model.model.layers[0].mlp.down_proj
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+class Doubled(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+@pytest.mark.parametrize("kind", [None, "llama"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_mlp,
+        change_class,
+        limit_embeddings,
+        parametrise,
+        lambda model: get_peft_model(model, LoHaConfig(target_modules=["up_proj"], r=2)),
+        lambda model: get_peft_model(model, IA3Config(target_modules=["up_proj"], feedforward_modules=["up_proj"])),
+        lambda model: get_peft_model(model, LNTuningConfig(target_modules=["input_layernorm"])),
+        lambda model: get_peft_model(model, LoraConfig(target_modules=["embed_tokens"], r=2)),
+        lambda model: get_peft_model(
+            model, TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=[1, 2])
+        ),
+    ],
+)
+def test_a_backbone_of_other_parts_is_run_by_its_modules(kind, change):
+    """Adapters that hold no linear layers, subclasses and parametrised weights, too: whatever is not known."""
+    model = copy.deepcopy(KNOWN[kind])
+    ids = random_batch(model, 2, 9)
+    plain = model.generate(
+        ids, max_new_tokens=8, generator=torch.Generator().manual_seed(0), return_dict_in_generate=True
+    )
+    change(model)
+    is_adapted = not all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if is_adapted and parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    model.eval()
+    with model.ready_to_decode():
+        assert model._decoding_step is None
+
+    def log_probs(**settings):
+        generator = torch.Generator().manual_seed(0)
+        output = model.generate(ids, max_new_tokens=8, generator=generator, return_dict_in_generate=True, **settings)
+        return output.sequences, output.log_probs
+
+    for found, expected in zip(log_probs(), log_probs(use_cache=False), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(log_probs()[1], plain.log_probs, atol=1e-3)
+
+
+@torch.no_grad()
+def test_dropout_is_not_left_out():
+    model = copy.deepcopy(KNOWN[None]).train()
+    ids, positions = random_batch(model, 1, 6), random_orders(1, 6)
+    with model.ready_to_decode():
+        first, second = (run_on_cache(model, DynamicCache(), ids, positions, 4) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", [None, "llama"])
+def test_generation_under_autocast_is_close_to_that_in_float32(kind):
+    model = KNOWN[kind]
+    ids = random_batch(model, 2, 9)
+    settings = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_logits": True, "num_diffusion_steps": 1}
+    settings |= {"alpha_0": 1.0, "lockstep": True}
+    torch.manual_seed(0)
+    expected = model.generate(ids, **settings).logits
+    with (
+        mock.patch.object(modeling_attention, "MIN_SCORES_BY_PRODUCTS", 0),
+        torch.no_grad(),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        torch.manual_seed(0)
+        found = model.generate(ids, **settings).logits
+        assert model.generate(ids, max_new_tokens=8).shape == (2, 17)
+    is_finite = expected.isfinite()
+    assert (found - expected)[is_finite].norm() < 0.05 * expected[is_finite].norm()
+
+
+@needs_onednn
+def test_threads_pack_the_weights_of_a_model_together(packs_at_once, monkeypatch):
+    """The first products of several threads at once, again and again: nobody packs what another has packed."""
+    monkeypatch.setattr(modeling_products, "ROWS_TO_PACK", 9)
+    model = copy.deepcopy(KNOWN[None])
+    ids = random_batch(model, 2, 5)
+
+    def run(seed: int):
+        torch.set_num_threads(1)
+        if seed % 5 == 0:
+            return model.log_likelihood(
+                ids, num_orders=3, generator=torch.Generator().manual_seed(seed)
+            ).log_likelihood
+        return model.generate(ids, max_new_tokens=6, generator=torch.Generator().manual_seed(seed))
+
+    expected = [run(seed) for seed in range(60)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(max_workers=5) as threads:
+            found = list(threads.map(run, range(60)))
+    finally:
+        sys.setswitchinterval(interval)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
 def test_adapters_keep_their_part_in_a_step():
     model = randomized_model()
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "up_proj", "modulation"], r=2))
@@ -393,3 +557,11 @@ def test_layers_are_counted_by_what_they_are_fed():
             layers[layer](inputs)
         assert layers[0].partners == layers[1].partners == [layers[0], layers[1]]
         assert layers[2].partners == [layers[2]]
+
+
+@torch.no_grad()
+def test_dropout_of_a_backbone_s_attention_is_not_left_out():
+    states = torch.randn(1, 2, 3, 8)
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    output, _ = grouped_sdpa_attention_forward(torch.nn.Module(), states, states, states, mask, dropout=1.0)
+    assert output.abs().sum() == 0

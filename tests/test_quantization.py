@@ -158,6 +158,29 @@ def test_inputs_of_other_types_go_the_way_of_torchao(bits):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("in_features", "out_features", "offset"), [(64, 50, 8), (96, 7, 24), (64, 64, 0), (72, 40, 0)]
+)
+def test_no_kernel_gets_what_it_crashes_on(in_features, out_features, offset):
+    """The kernel of 8 bits wants aligned tensors, as those mapped from a file are not, and 32 inputs at a time."""
+    layers = torch.nn.Sequential(torch.nn.Linear(in_features, out_features).to(torch.bfloat16))
+    quantize_(layers, Int8WeightOnlyConfig())
+    weight, storage = layers[0].weight, torch.zeros(in_features * out_features + 64, dtype=torch.int8)
+    start = offset + -storage.data_ptr() % 64
+    moved = storage[start : start + weight.qdata.numel()].view_as(weight.qdata)
+    weight.qdata = moved.copy_(weight.qdata)
+    assert weight.qdata.data_ptr() % 64 == offset % 64
+    inputs = torch.randn(5, 3, in_features).to(torch.bfloat16)
+    expected = layers(inputs)
+    with modeling_products.fast_products(layers):
+        assert (type(layers[0]) is modeling_products.DecodingLinear) == (in_features % 32 == 0)
+        for rows in (slice(0, 1), slice(1, 3), slice(2, 5)):
+            torch.testing.assert_close(layers(inputs[rows]), expected[rows], atol=0.05, rtol=0.05)
+            odd = torch.cat([inputs.new_zeros(1), inputs[rows].flatten()])[1:].view_as(inputs[rows])
+            torch.testing.assert_close(layers(odd), expected[rows], atol=0.05, rtol=0.05)
+
+
+@torch.no_grad()
 def test_without_a_kernel_torchao_multiplies(monkeypatch):
     monkeypatch.setitem(modeling_quantized.KERNELS, "Int8Tensor", (torch, "_a_kernel_that_is_no_more"))
     layers = torch.nn.Sequential(torch.nn.Linear(64, 64).to(torch.bfloat16))
