@@ -37,6 +37,9 @@ ARGUMENTS = frozenset({"input_ids", "attention_mask", "position_ids", "past_key_
 LIKE_LLAMA = ("LlamaModel", "MistralModel", "Qwen2Model")
 """Backbones of transformers whose layers do what Llama's do, in the same parts."""
 
+MAX_POSITIONS = 2**15
+"""Text positions whose angles are kept in a table, as far as they have been met with."""
+
 SLOWER_THAN_FOUR = (2, 3)
 """Rows of which oneDNN's products take longer than of four."""
 
@@ -108,7 +111,7 @@ class DecodingStep:
             0 < num_slots <= MAX_QUERIES_TRANSPOSED
             and cache.get_seq_length() > 0
             and arguments.get("position_ids") is not None
-            and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4))
+            and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == 1))
             and all(value is None for name, value in arguments.items() if name not in ARGUMENTS)
             and not self.backbone.training
             and not self._is_listened_to()
@@ -171,14 +174,19 @@ class DecodingStep:
 
     def _angles_of(self, position_ids: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The factors of `rotate` at some positions, (2, batch, 1, slots, width), looked up in a table that grows."""
+        lowest, highest = (int(position) for position in position_ids.aminmax())
+        if lowest < 0 or highest >= MAX_POSITIONS:
+            return torch.stack(self._factors(states, position_ids))
         angles = self.angles
-        if (most := int(position_ids.max())) >= angles.shape[1]:
-            embedding, positions = self.backbone.rotary_emb, torch.arange(2 * most + 2)[None]
-            factors = embedding(states, position_ids=positions)
-            if not isinstance(embedding, EsoRotaryEmbedding):
-                factors = sign_of_rotation(*factors)
-            self.angles = angles = torch.stack(factors)[:, 0, 0]
+        if highest >= angles.shape[1]:
+            positions = torch.arange(min(2 * highest + 2, MAX_POSITIONS))[None]
+            self.angles = angles = torch.stack(self._factors(states, positions))[:, 0, 0]
         return angles[:, position_ids][:, :, None]
+
+    def _factors(self, states: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        embedding = self.backbone.rotary_emb
+        factors = embedding(states, position_ids=position_ids)
+        return factors if isinstance(embedding, EsoRotaryEmbedding) else sign_of_rotation(*factors)
 
 
 def _is_known(backbone: Any) -> bool:

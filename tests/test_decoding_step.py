@@ -103,6 +103,19 @@ def test_the_angles_of_a_step_are_those_of_any_position(kind):
             torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [None, "llama"])
+@pytest.mark.parametrize("furthest", [-3, 2**15 - 1, 2**15, 30_000_000])
+def test_angles_of_positions_beyond_the_table_are_computed(kind, furthest):
+    model = KNOWN[kind]
+    ids, positions = random_batch(model, 1, 5), torch.tensor([[3, 1, 0, furthest, 2]])
+    expected = run_on_cache(model, DynamicCache(), ids, positions, 2)
+    with model.ready_to_decode():
+        states = run_on_cache(model, DynamicCache(), ids, positions, 2)
+        assert model._decoding_step.angles.shape[1] <= 2**15
+    torch.testing.assert_close(states, expected, atol=2e-5, rtol=1e-5)
+
+
 @needs_onednn
 @torch.no_grad()
 @pytest.mark.parametrize("backbone", [None, "llama", "qwen2"])
@@ -227,6 +240,8 @@ def test_whoever_listens_to_the_modules_hears_them():
         assert step.can_run(given_arguments)
         assert not step.can_run(given_arguments | {"output_attentions": True})
         assert not step.can_run(given_arguments | {"attention_mask": torch.ones(1, 12)})
+        assert not step.can_run(given_arguments | {"attention_mask": torch.ones(1, 4, 6, 12, dtype=torch.bool)})
+        assert step.can_run(given_arguments | {"attention_mask": torch.ones(1, 1, 6, 12, dtype=torch.bool)})
         with torch.enable_grad():
             assert not step.can_run(given_arguments)
         with torch.autocast("cpu", torch.bfloat16):
