@@ -23,6 +23,9 @@ from transformers.utils.generic import is_flash_attention_requested
 from .generation_order import clean_masked_padding, text_positions
 from .validation import require_exactly_one
 
+MAX_DECODED_SLOTS = 64
+"""Slots up to which a forward on top of a cache counts as a decoding step."""
+
 MAX_QUERIES_TRANSPOSED = 16
 """Queries up to which a decoding step on the CPU computes its attention scores as K q^T rather than q K^T."""
 
@@ -216,9 +219,20 @@ def attend_few_queries(
     Returns:
         (batch, heads, queries, width).
     """
-    if query.shape[0] * query.shape[1] * key.shape[2] >= MIN_SCORES_BY_PRODUCTS:
+    if goes_by_products(query.shape, key.shape[2]):
         return _attend_by_products(query, key, value, attention_mask, scaling)[0]
     return _sdpa_of_groups(query, key, value, widen_mask(attention_mask, key.shape[2]), scale=scaling)
+
+
+def goes_by_products(shape: tuple[int, ...], num_keys: int) -> bool:
+    """Whether `attend_few_queries` attends by products to so many keys; sdpa needs a mask of all of them.
+
+    Args:
+        shape: Of the queries, (batch, heads, queries, ...).
+        num_keys: Cached and new.
+    """
+    batch, num_heads, num_queries = shape[:3]
+    return batch * num_heads * num_keys >= MIN_SCORES_BY_PRODUCTS and num_queries <= MAX_QUERIES_TRANSPOSED
 
 
 def _sdpa_of_groups(

@@ -16,10 +16,10 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .modeling_attention import (
-    MAX_QUERIES_TRANSPOSED,
-    MIN_SCORES_BY_PRODUCTS,
+    MAX_DECODED_SLOTS,
     EsoRotaryEmbedding,
     attend_few_queries,
+    goes_by_products,
     grouped_sdpa_attention_forward,
     mask_behind_cache,
     rotate,
@@ -108,7 +108,7 @@ class DecodingStep:
         num_slots = input_ids.shape[1] if packed_rows is None else max(packed_rows.num_slots)
         mask = arguments.get("attention_mask")
         return (
-            0 < num_slots <= MAX_QUERIES_TRANSPOSED
+            0 < num_slots <= MAX_DECODED_SLOTS
             and cache.get_seq_length() > 0
             and arguments.get("position_ids") is not None
             and (mask is None or (isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[1] == 1))
@@ -147,7 +147,7 @@ class DecodingStep:
         if attention_mask is None:
             attention_mask = mask_behind_cache(hidden_states)
         num_keys, _ = past_key_values.get_mask_sizes(num_slots, 0)
-        if packed_rows is None and batch * num_heads * num_keys < MIN_SCORES_BY_PRODUCTS:
+        if packed_rows is None and not goes_by_products((batch, num_heads, num_slots), num_keys):
             attention_mask = widen_mask(attention_mask, num_keys)  # once for all layers
         if batch == 1 and num_slots in SLOWER_THAN_FOUR and not self.is_quantized:
             hidden_states = F.pad(hidden_states, (0, 0, 0, 4 - num_slots))

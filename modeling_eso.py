@@ -31,6 +31,7 @@ from .generation_order import clean_first_order
 from .hub import TAGS, EsoHubMixin
 from .modeling_adaptation import EsoAdaptationMixin
 from .modeling_attention import (
+    MAX_DECODED_SLOTS,
     EsoRotaryEmbedding,
     eager_attention_forward,
     implementation_for,
@@ -47,7 +48,7 @@ from .modeling_backbone import (
     require_known_arguments,
 )
 from .modeling_drafting import EsoDraftHead, EsoLMOutput, draft_loss
-from .modeling_inference import MAX_DECODED_SLOTS, EsoInferenceMixin
+from .modeling_inference import EsoInferenceMixin
 from .modeling_modulation import EsoLayerNorm, EsoModulation, EsoTimestepEmbedding, split_modulation
 from .modeling_objective import hybrid_loss, require_loss_arguments
 from .modeling_products import linear_gelu

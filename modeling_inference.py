@@ -14,9 +14,6 @@ from .modeling_interface import BackboneOutput, EsoLM
 from .modeling_modulation import folded_modulations
 from .modeling_products import fast_products
 
-MAX_DECODED_SLOTS = 64
-"""Slots up to which a forward on top of a cache counts as a decoding step."""
-
 _CHANGING_MODELS = threading.Lock()
 """Held while a model is made ready to decode, or is put back as it was."""
 
