@@ -17,7 +17,7 @@ MIN_LARGE_WEIGHT = 2**18
 MAX_FEW_ROWS = 128
 """Rows up to which a product is one of few rows: those of the slots of all rows of a batch, or of their masks."""
 
-MIN_PACKED_PRODUCT = 2**19
+MIN_PACKED_PRODUCT = 2**18
 """Rows times elements of the weight from which on a product by a packed weight makes up for being looked up."""
 
 MIN_PACKED_WEIGHT = 2**16

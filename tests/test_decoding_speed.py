@@ -74,9 +74,9 @@ def test_products_of_a_decoding_step_are_those_of_a_linear_layer(
 @pytest.mark.skipif(not HAS_ONEDNN, reason="needs oneDNN")
 @torch.no_grad()
 def test_weights_are_packed_once_they_have_been_used_enough(monkeypatch):
-    layers = torch.nn.ModuleList([torch.nn.Linear(256, 1024), torch.nn.Linear(1024, 256), torch.nn.Linear(8, 8)])
-    one_row = torch.randn(1, 256), torch.randn(1, 1024), torch.randn(1, 8)
-    few_rows = [inputs.repeat(MIN_PACKED_PRODUCT // 2**18, 1) for inputs in one_row]
+    layers = torch.nn.ModuleList([torch.nn.Linear(256, 512), torch.nn.Linear(512, 256), torch.nn.Linear(8, 8)])
+    one_row = torch.randn(1, 256), torch.randn(1, 512), torch.randn(1, 8)
+    few_rows = [inputs.repeat(MIN_PACKED_PRODUCT // 2**17, 1) for inputs in one_row]
     monkeypatch.setattr(modeling_products, "MAX_PACKED_BYTES", layers[0].weight.nbytes)
     with fast_products(layers):
         for _ in range(ROWS_TO_PACK):
