@@ -93,7 +93,7 @@ class DecodingStep:
             embeddings.weight.device.type == "cpu"
             and embeddings.max_norm is None
             and backbone.dtype in (torch.float32, torch.bfloat16)
-            and all(module.weight.dtype == backbone.dtype for module in (embeddings, *linear[-7:], *linear[:7]))
+            and all(module.weight.dtype == backbone.dtype for module in (embeddings, *linear))
             and not any("forward" in module.__dict__ for module in modules)
             and not (config.output_hidden_states or config.output_attentions)
         )
