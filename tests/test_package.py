@@ -11,6 +11,7 @@ import eso_lm
 
 LIGHT_IMPORT = """
 import sys
+sys.modules["torchao"] = None  # which transformers imports where it is installed, and which is not silent
 import eso_lm
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
