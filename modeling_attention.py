@@ -179,21 +179,23 @@ def eager_attention_forward(
         output, weights = _attend_by_products(query, key, value, attention_mask, scaling)
         return output.transpose(1, 2).contiguous(), weights
     scores = torch.matmul(query * scaling, key.transpose(2, 3))
-    _hide(scores, attention_mask)
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = _weights(scores, attention_mask, value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
 
 
-def _hide(scores: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-    """Takes the scores of invisible keys away, in place; a narrow mask speaks of the last keys."""
-    if attention_mask is None:
-        return
-    masked_scores = scores[..., scores.shape[-1] - attention_mask.shape[-1] :]
-    if attention_mask.dtype == torch.bool:
-        masked_scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    else:
-        masked_scores.add_(attention_mask)
+def _weights(scores: torch.Tensor, attention_mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Softmax of scores, in float32 at least; those of invisible keys are taken away, in place.
+
+    A narrow mask speaks of the last keys.
+    """
+    if attention_mask is not None:
+        masked_scores = scores[..., scores.shape[-1] - attention_mask.shape[-1] :]
+        if attention_mask.dtype == torch.bool:
+            masked_scores.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
+        else:
+            masked_scores.add_(attention_mask)
+    return F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(dtype)
 
 
 def _is_decoding_on_cpu(query: torch.Tensor) -> bool:
@@ -266,8 +268,7 @@ def _attend_by_products(
     num_key_heads, num_keys = key.shape[1:3]
     grouped = (query * scaling).reshape(batch, num_key_heads, -1, width).contiguous()
     scores = _scores(grouped, key).view(batch, num_heads, slots, num_keys)
-    _hide(scores, attention_mask)
-    weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(value.dtype)
+    weights = _weights(scores, attention_mask, value.dtype)
     mixed = _mix(weights.view(batch, num_key_heads, -1, num_keys), value)
     return mixed.view(batch, num_heads, slots, -1), weights
 

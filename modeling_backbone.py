@@ -9,7 +9,6 @@ import inspect
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
@@ -18,7 +17,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_eso import LENGTH_DEPENDENT_ROPE_TYPES, EsoConfig
-from .modeling_attention import GROUPED_SDPA, make_attention_mask
+from .modeling_attention import GROUPED_SDPA, make_attention_mask, widen_mask
 from .modeling_interface import BackboneOutput
 from .validation import require_exactly_one
 
@@ -188,7 +187,7 @@ def _mask_for(
     if attention_mask.dtype != torch.bool:
         return attention_mask
     # A mask narrower than the keys speaks of the last of them, as in `EsoModel`: all before are visible.
-    attention_mask = F.pad(attention_mask, (num_keys - attention_mask.shape[-1], 0), value=True)
+    attention_mask = widen_mask(attention_mask, num_keys)
     if decoder.config._attn_implementation in ("sdpa", GROUPED_SDPA):
         return attention_mask
     lowest = torch.finfo(decoder.dtype).min

@@ -195,14 +195,14 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     Before and after they are what quantisation, adapters and all others expect.
     """
     on_cpu = [module for module in model.modules() if type(module) is nn.Linear and module.weight.device.type == "cpu"]
-    quantized = [(layer, weight) for layer in on_cpu if (weight := quantized_weight(layer)) is not None]
-    layers = [layer for layer in on_cpu if type(layer.weight) is nn.Parameter]
+    quantized = {layer: weight for layer in on_cpu if (weight := quantized_weight(layer)) is not None}
+    layers = [layer for layer in on_cpu if layer in quantized or type(layer.weight) is nn.Parameter]
     room, shared_input = MAX_PACKED_BYTES, _SharedInput()
-    for layer, weight in quantized:
-        layer.__class__ = DecodingLinear
-        layer.__dict__["packed"] = weight, 0
     for layer in layers:
         layer.__class__ = DecodingLinear
+        if layer in quantized:
+            layer.__dict__["packed"] = quantized[layer], 0
+            continue
         room -= layer.weight.nbytes
         if room >= 0 and layer.weight.numel() >= MIN_PACKED_WEIGHT and _can_be_packed(layer.weight.dtype):
             own = {"rows_to_pack": ROWS_TO_PACK, "partners": [], "shared_input": shared_input}
@@ -210,7 +210,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for layer in [*layers, *(layer for layer, _ in quantized)]:
+        for layer in layers:
             layer.__class__ = nn.Linear
             for name in _OWN:
                 layer.__dict__.pop(name, None)

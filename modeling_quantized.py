@@ -18,7 +18,6 @@ crashes on others, such as what safetensors maps from a file."""
 MAX_QUANTIZED_ROWS = 16
 """Rows up to which the kernels are faster than a product by a copy of the weight in the type of the inputs."""
 
-
 KERNELS: dict[str, tuple[Any, str]] = {
     "Int8Tensor": (torch, "_weight_int8pack_mm"),
     "Int4OpaqueTensor": (torch.ops.aten, "_weight_int4pack_mm_for_cpu"),
@@ -30,7 +29,6 @@ class QuantizedWeight(ABC):
     """The weight of a layer, in few bits, and its bias."""
 
     def __init__(self, layer: nn.Linear):
-        self.layers = (layer,)
         self.bias, self.out_features = layer.bias, layer.out_features
 
     @abstractmethod

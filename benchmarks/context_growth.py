@@ -13,7 +13,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from baselines import filled_cache, text_positions
-from fresh_models import add_sizes, fresh_eso_lm
+from fresh_models import add_sizes, fresh_eso_lm, weights_of_a_step
 from measuring import interleaved, warm_up
 from reporting import argument_parser, table, write_results
 
@@ -35,8 +35,7 @@ def main(args: argparse.Namespace) -> None:
         for layer in cache.layers:
             F.scaled_dot_product_attention(queries, layer.keys[:, :, :context], layer.values[:, :, :context])
 
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    weights = [module.weight for module in linear if not hasattr(module, "folded")]
+    weights = weights_of_a_step(model)
 
     def read(context: int) -> None:
         for weight in weights:

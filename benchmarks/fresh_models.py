@@ -34,6 +34,12 @@ def fresh_eso_lm(args: argparse.Namespace, dtype: str = "float32") -> EsoForMask
     return EsoForMaskedDiffusion(config).to(args.device, getattr(torch, dtype)).eval()
 
 
+def weights_of_a_step(model: EsoForMaskedDiffusion) -> list[torch.Tensor]:
+    """Those of linear layers, all of which a decoding step reads, but for what is folded into constants."""
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    return [module.weight for module in linear if not hasattr(module, "folded")]
+
+
 def similar_llama(model: EsoForMaskedDiffusion, max_length: int) -> LlamaForCausalLM:
     """A Llama of the same width and depth, device and dtype, for texts of at most `max_length` tokens."""
     config = LlamaConfig(

@@ -155,10 +155,10 @@ def main(args: argparse.Namespace) -> bool:
         numbers = parts.run(name, partial(check, machine))
         parts.outcomes[-1]["numbers"] = numbers or {}
     settings = {name: value for name, value in vars(args).items() if name != "output"}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    results = {"settings": settings | versions | {"hardware": hardware(args.device)}}
-    results |= measure(args, parts) | {"parts": parts.outcomes}
-    card = re.sub(r"[^A-Za-z0-9]+", "-", hardware(args.device)).strip("-")
+    settings |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    settings["hardware"] = hardware(args.device)
+    results = {"settings": settings} | measure(args, parts) | {"parts": parts.outcomes}
+    card = re.sub(r"[^A-Za-z0-9]+", "-", settings["hardware"]).strip("-")
     write_results(args.output, f"gpu_{card}_{args.dtype}" + ("_smoke" if args.smoke else ""), results, report(results))
     return not parts.have_failed
 

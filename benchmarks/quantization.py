@@ -74,18 +74,11 @@ def measure_loss(args: argparse.Namespace) -> list[dict]:
     orders = torch.stack(
         [torch.randperm(args.length, generator=torch.Generator().manual_seed(seed)) for seed in range(args.orders)]
     )
-    results = []
+    losses = {}
     for bits in (16, 8, 4):
         scores = load(args.model, bits, group_size=32).log_likelihood(rows, orders=orders).log_likelihood_per_order
-        loss = -scores.double().mean().item() / args.length
-        results.append(
-            {
-                "bits": bits,
-                "nats_per_token": loss,
-                "more": loss - (results or [{"nats_per_token": loss}])[0]["nats_per_token"],
-            }
-        )
-    return results
+        losses[bits] = -scores.double().mean().item() / args.length
+    return [{"bits": bits, "nats_per_token": loss, "more": loss - losses[16]} for bits, loss in losses.items()]
 
 
 def main(args: argparse.Namespace) -> None:

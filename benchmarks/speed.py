@@ -26,7 +26,7 @@ from baselines import (
     filled_cache,
     text_positions,
 )
-from fresh_models import add_sizes, fresh_eso_lm, similar_llama
+from fresh_models import add_sizes, fresh_eso_lm, similar_llama, weights_of_a_step
 from measuring import Intervals, hardware, interleaved, peak_memory, repeated, replayable, summary, warm_up
 from reporting import argument_parser, table, write_results
 from tqdm import tqdm
@@ -178,9 +178,7 @@ def measure_lengths(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> l
 @torch.no_grad()
 def measure_memory_bound(model: EsoForMaskedDiffusion, args: argparse.Namespace) -> dict:
     """A decoding step of one token at a short context, against reading its weights once."""
-    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
-    # Those that are folded into constants while decoding are not read.
-    weights = [module.weight for module in linear if not hasattr(module, "folded")]
+    weights = weights_of_a_step(model)
     cache = filled_cache(model, 1, 130, 128)
 
     def read_weights():

@@ -9,11 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
+from device_checks import Machine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import backbone_config, random_batch, randomized_model
 from torch._dynamo.utils import counters
-from transformers import CompileConfig
 
 from eso_lm import DataCollatorForHybridMaskedDiffusion, modeling_products
 from eso_lm.modeling_attention import MAX_QUERIES_TRANSPOSED, eager_attention_forward
@@ -275,14 +275,6 @@ def test_generation_follows_the_weights():
     assert not torch.equal(first, second)
 
 
-def compiled(backend: str | None = None) -> dict:
-    """Settings of `generate` that compile its steps, on any device; without graph breaks."""
-    options = {"backend": backend, "mode": None} if backend else {}
-    compile_config = CompileConfig(fullgraph=True, **options)
-    compile_config._compile_all_devices = True
-    return {"cache_implementation": "static", "compile_config": compile_config}
-
-
 def ragged_arguments(model) -> dict:
     """Three rows that advance on their own, with padding and holes."""
     prompt = random_batch(model, 3, 9)
@@ -350,7 +342,7 @@ def test_a_step_compiles_as_one_graph():
             max_new_tokens=20,
             num_diffusion_steps=6,
             unmasking_order="random",
-            **compiled("aot_eager"),
+            **Machine("cpu", backend="aot_eager").compiled_steps(),
         )
         assert torch.equal(sequences, expected)
     assert not counters["graph_break"]

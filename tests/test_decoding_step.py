@@ -3,7 +3,9 @@
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from unittest import mock
 
 import pytest
@@ -48,6 +50,18 @@ def run_on_cache(model, cache, ids, positions, num_cached: int, mask=None) -> to
     model.run_backbone(input_ids=ids[:, :num_cached], position_ids=positions[:, :num_cached], **common)
     rest = {"input_ids": ids[:, num_cached:], "position_ids": positions[:, num_cached:], "attention_mask": mask}
     return model.run_backbone(**rest, past_key_values=cache).last_hidden_state
+
+
+@contextmanager
+def decoded_three_times(model) -> Iterator[None]:
+    """A model that is ready to decode, and has given the states that it gives otherwise, three times."""
+    ids, positions = random_batch(model, 2, 8), random_orders(2, 8)
+    expected = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
+    with model.ready_to_decode():
+        for _ in range(3):
+            states = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
+            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-5)
+        yield
 
 
 @torch.no_grad()
@@ -122,12 +136,7 @@ def test_angles_of_positions_beyond_the_table_are_computed(kind, furthest):
 def test_layers_that_are_fed_the_same_share_a_product(backbone, packs_at_once):
     """Queries, keys and values; the gate and what it lets through. Biases and sizes may differ."""
     model = copy.deepcopy(KNOWN[backbone])
-    ids, positions = random_batch(model, 2, 8), random_orders(2, 8)
-    expected = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
-    with model.ready_to_decode():
-        for _ in range(3):
-            states = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
-            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-5)
+    with decoded_three_times(model):
         attention, mlp = model.model.layers[0].self_attn, model.model.layers[0].mlp
         shared = attention.q_proj.packed[0]
         assert shared.layers == (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -177,12 +186,7 @@ def test_a_shared_product_is_of_the_input_as_it_is(has_gelu, packs_at_once):
 def test_without_onednn_nothing_is_packed(packs_at_once, monkeypatch):
     monkeypatch.setattr(modeling_products, "_can_be_packed", lambda dtype: False)
     model = KNOWN[None]
-    ids, positions = random_batch(model, 2, 8), random_orders(2, 8)
-    expected = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
-    with model.ready_to_decode():
-        for _ in range(3):
-            states = run_on_cache(model, PreallocatedCache(2, 8), ids, positions, 6)
-            torch.testing.assert_close(states, expected, atol=1e-4, rtol=1e-5)
+    with decoded_three_times(model):
         assert all(getattr(module, "packed", None) is None for module in model.modules())
 
 
@@ -477,7 +481,7 @@ def test_attention_on_a_cache_is_attention(
         mock.patch.object(modeling_attention, "KEYS_OF_BAG", keys_of_bag),
     ):
         output = attend_few_queries(query, key, value, mask, 0.3)
-        tolerance = 4e-2 if dtype == torch.bfloat16 else 1e-5
+        tolerance = {torch.bfloat16: 4e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
         torch.testing.assert_close(output.double(), expected, atol=tolerance, rtol=tolerance)
         if groups == 1:
             output, weights = eager_attention_forward(torch.nn.Module(), query, key, value, mask, scaling=0.3)
