@@ -296,6 +296,12 @@ def change_class(model):
     )
 
 
+def change_forward(model):
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda states: 2 * forward(states)
+
+
 def limit_embeddings(model):
     model.model.embed_tokens.max_norm = 0.5
 
@@ -316,6 +322,7 @@ class Doubled(torch.nn.Module):
     [
         change_mlp,
         change_class,
+        change_forward,
         limit_embeddings,
         parametrise,
         lambda model: get_peft_model(model, LoHaConfig(target_modules=["up_proj"], r=2)),
@@ -359,8 +366,23 @@ def test_dropout_is_not_left_out():
     model = copy.deepcopy(KNOWN[None]).train()
     ids, positions = random_batch(model, 1, 6), random_orders(1, 6)
     with model.ready_to_decode():
-        first, second = (run_on_cache(model, DynamicCache(), ids, positions, 4) for _ in range(2))
+        cache = DynamicCache()
+        model.run_backbone(input_ids=ids[:, :4], position_ids=positions[:, :4], past_key_values=cache)
+        rest = {"input_ids": ids[:, 4:], "position_ids": positions[:, 4:]}
+        first, second = (
+            model.run_backbone(**rest, past_key_values=copy.deepcopy(cache)).last_hidden_state for _ in range(2)
+        )
     assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("kind", [None, "llama"])
+def test_embeddings_of_another_type_are_left_to_the_modules(kind):
+    model = copy.deepcopy(KNOWN[kind])
+    with model.ready_to_decode():
+        assert model._decoding_step is not None
+    model.model.embed_tokens.to(torch.bfloat16)
+    with model.ready_to_decode():
+        assert model._decoding_step is None
 
 
 @pytest.mark.parametrize("kind", [None, "llama"])
