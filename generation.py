@@ -7,7 +7,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.cache_utils import Cache, DynamicCache
 
 from .generation_cache import PreallocatedCache
-from .generation_canvas import Canvas, note_text, take_over_cache
+from .generation_canvas import Canvas, take_over_cache
 from .generation_configuration import (
     EsoGenerateOutput,
     EsoGenerationConfig,
@@ -23,6 +23,7 @@ from .generation_observers import Observers, ScoreRecorder, StopWatcher, TextFee
 from .generation_pace import paces_of
 from .generation_plan import GenerationPlan, plan_rows
 from .generation_sampling import Generators, TokenSampler, require_generators
+from .generation_session import GenerationSession
 from .generation_transformers import (
     FittedGenerationMixin,
     no_advice_on_padding,
@@ -101,6 +102,16 @@ class EsoGenerationMixin(FittedGenerationMixin):
         with no_advice_on_padding():
             return super().generate(prompts, generation_config, *args, **kwargs)  # type: ignore[return-value]  # ours
 
+    def begin_generation(self, *args: Any, **kwargs: Any) -> GenerationSession:
+        """What `generate` does before its first forward, with the same arguments; the forwards are the caller's.
+
+        The text stands in a cache of `session.num_slots` slots a row; the session's own has no memory yet.
+
+        Raises:
+            ValueError: as `generate`.
+        """
+        return self.generate(*args, begins_only=True, **kwargs)  # type: ignore[return-value]  # asked for here
+
     def _sample(  # type: ignore[override]  # what `generate` hands over is ours already
         self,
         input_ids: torch.Tensor,
@@ -108,19 +119,45 @@ class EsoGenerationMixin(FittedGenerationMixin):
         stopping_criteria: StoppingCriteriaList,
         generation_config: EsoGenerationConfig,
         synced_gpus: bool = False,
-        streamer: TextFeed | None = None,
-        generator: Generators = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cache_to_go_on_from: Cache | None = None,
-        **model_kwargs: Any,
-    ) -> EsoGenerateOutput | torch.Tensor:
+        begins_only: bool = False,
+        **begin_kwargs: Any,
+    ) -> EsoGenerateOutput | torch.Tensor | GenerationSession:
         """The decoding loop, called by `generate` in place of transformers' left-to-right one.
 
         Each forward takes, on top of the cache, the tokens decided by the one before and then masks at the next slots
         of the generation order. The keys and values of the tokens are kept, those of the masks dropped, and the
         masks' tokens are drawn in parallel (arXiv 2506.01928, section 4). Rows advance independently.
         """
+        arguments = (input_ids, logits_processor, stopping_criteria, generation_config)
+        if begins_only:
+            return self._begin(*arguments, **begin_kwargs)
+        with self.ready_to_decode(), self._begin(*arguments, **begin_kwargs) as session:
+            decoder = self._make_decoder(generation_config, session.cache, session.strategy, session.canvas)
+            session.start()
+            while self._has_unfinished_sequences(is_finished := session.is_finished(), synced_gpus, self.device):
+                if is_finished:
+                    # Other processes go on, and need this one to take part in gathering the weights.
+                    self(input_ids=torch.full((1, 1), self.config.mask_token_id, device=self.device))
+                    continue
+                session.take(decoder(session.next_feed()))
+        if not generation_config.return_dict_in_generate:
+            return session.canvas.sequences().to(self.device)
+        return session.output(self.device)
+
+    def _begin(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: EsoGenerationConfig,
+        streamer: TextFeed | None = None,
+        generator: Generators = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        cache_to_go_on_from: Cache | None = None,
+        **model_kwargs: Any,
+    ) -> GenerationSession:
+        """The texts, how they are to be written, and who follows that."""
         canvas = _make_canvas(input_ids, attention_mask, generation_config, self.config.mask_token_id)
         alpha_0 = self._check_settings(generation_config, canvas)
         require_generators(generator, canvas.batch)
@@ -129,44 +166,13 @@ class EsoGenerationMixin(FittedGenerationMixin):
         watcher = StopWatcher(stopping_criteria, canvas, self.device)
         sampler = self._make_sampler(generation_config, logits_processor, generator)
         plan = plan_rows(canvas, generator, alpha_0, generation_config)
-        decoding = (canvas, plan, sampler, past_key_values is not None)
         recorded = [name for name in ("scores", "logits") if getattr(generation_config, f"output_{name}")]
         recorder = ScoreRecorder(
             recorded if generation_config.return_dict_in_generate else [], canvas, self.config.vocab_size, self.device
         )
-        num_forwards = 0
-        with (
-            Observers(canvas, watcher, recorder, streamer, bool(generation_config.progress_bar)) as observers,
-            self.ready_to_decode(),
-        ):
-            strategy = self._make_strategy(generation_config, *decoding)
-            decoder = self._make_decoder(generation_config, past_key_values, strategy, canvas)
-            observers.start()
-            while self._has_unfinished_sequences(is_finished := canvas.is_finished(), synced_gpus, self.device):
-                if is_finished:
-                    # Other processes go on, and need this one to take part in gathering the weights.
-                    self(input_ids=torch.full((1, 1), self.config.mask_token_id, device=self.device))
-                    continue
-                outputs = decoder(strategy.next_feed())
-                num_forwards += 1
-                decisions = strategy.decide(outputs, num_forwards)
-                observers.update(decisions)
-
-        sequences = canvas.sequences().to(self.device)
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        is_void = canvas.is_void()
-        return EsoGenerateOutput(
-            sequences=sequences,
-            num_function_evaluations=num_forwards,
-            unmasking_steps=canvas.unmasking_steps.masked_fill(is_void, 0).to(self.device),
-            log_probs=canvas.log_probs.masked_fill(is_void, 0).to(self.device),
-            orders=strategy.plan.order.to(self.device),
-            groups=strategy.plan.groups.to(self.device),
-            past_key_values=note_text(past_key_values, canvas, strategy.order, strategy.cached),
-            **recorder.outputs(is_void),
-            **{name: torch.tensor(counts, device=self.device) for name, counts in strategy.statistics().items()},
-        )
+        strategy = self._make_strategy(generation_config, canvas, plan, sampler, past_key_values is not None)
+        observers = Observers(canvas, watcher, recorder, streamer, bool(generation_config.progress_bar))
+        return GenerationSession(canvas, strategy, observers, generation_config, past_key_values)
 
     def sampler_for(
         self,

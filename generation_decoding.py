@@ -13,9 +13,10 @@ from transformers.masking_utils import BlockMask
 
 from .generation_cache import PreallocatedCache, SlotPlaces
 from .generation_plan import GenerationPlan
-from .modeling_attention import PackedRows, make_attention_mask
+from .modeling_attention import make_attention_mask
 from .modeling_drafting import EsoLMOutput
 from .modeling_interface import EsoLM
+from .modeling_packing import PackedRows
 
 MAX_COMPILED_SLOTS = 128
 """Slots of a row up to which a step on a static cache is rounded up to a power of two of them and may be compiled."""
@@ -134,9 +135,9 @@ class Decoder:
     def _run_uniform(self, feed: Feed) -> Outputs:
         """Rows that stand at the same place; without a cache, what some of them feed less is padding behind."""
         _rewind(self.cache, feed.starts[0])
-        slots_to_keep, mask = _slots_to_keep(feed, feed.input_ids.shape[1]), None
-        if feed.horizon is not None and feed.first_mask is not None:
-            mask = self._narrow_mask(feed.horizon, feed.first_mask)
+        slots_to_keep = _slots_to_keep(feed, feed.input_ids.shape[1])
+        mask = narrow_mask(feed)
+        mask = None if mask is None else mask.to(self.model.device)
         output = self._forward(self.model, feed.input_ids, feed.position_ids, mask, slots_to_keep)
         return _of_kept_slots(cast(torch.Tensor, output.logits), output.draft_states, feed)
 
@@ -218,12 +219,6 @@ class Decoder:
         is_compileable = isinstance(cache, PreallocatedCache) and cache.is_compileable and cache.is_initialized
         return is_compileable and num_slots <= MAX_COMPILED_SLOTS
 
-    def _narrow_mask(self, horizon: torch.Tensor, first_mask: torch.Tensor) -> torch.Tensor:
-        """What each fed slot sees of the fed ones, (batch, 1, fed, fed); all of them see what is cached."""
-        key = torch.arange(horizon.shape[1])
-        is_earlier_mask = (first_mask[..., None] <= key) & (key <= key[:, None])
-        return ((key < horizon[..., None]) | is_earlier_mask)[:, None].to(self.model.device)
-
     def _wide_mask(
         self, feed: Feed, own: torch.Tensor, starts: torch.Tensor, num_keys: int
     ) -> torch.Tensor | BlockMask:
@@ -244,6 +239,18 @@ class Decoder:
 
         batch, fed = own.shape
         return make_attention_mask(self.model.model.config, sees, batch, fed, num_keys, self.model.dtype, device)
+
+
+def narrow_mask(feed: Feed) -> torch.Tensor | None:
+    """What each fed slot sees of the fed ones, (batch, 1, fed, fed), on the host; all of them see what is cached.
+
+    None: those up to itself.
+    """
+    if feed.horizon is None or feed.first_mask is None:
+        return None
+    key = torch.arange(feed.horizon.shape[1])
+    is_earlier_mask = (feed.first_mask[..., None] <= key) & (key <= key[:, None])
+    return ((key < feed.horizon[..., None]) | is_earlier_mask)[:, None]
 
 
 def _most_kept(feed: Feed) -> int:

@@ -55,8 +55,9 @@ class FittedGenerationMixin(GenerationMixin, EsoLM):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _validate_model_kwargs(self, model_kwargs):
-        """`generator` is ours. What nobody reads is refused, also where transformers would let it pass."""
-        model_kwargs.pop("generator", None)
+        """Some are ours. What nobody reads is refused, also where transformers would let it pass."""
+        for ours in ("generator", "begins_only"):
+            model_kwargs.pop(ours, None)
         super()._validate_model_kwargs(model_kwargs)
         if model_kwargs.get("inputs_embeds") is not None:
             raise ValueError(
@@ -126,18 +127,6 @@ class FittedGenerationMixin(GenerationMixin, EsoLM):
             "`compute_transition_scores` presupposes left to right: take `log_probs` of the output of `generate`."
         )
 
-    def generate_batch(self, *args: Any, **kwargs: Any) -> Never:
-        """Is not supported: transformers' continuous batching samples next tokens, from clean slots."""
-        raise _no_continuous_batching("generate_batch")
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Never:
-        """Is not supported, as `generate_batch`."""
-        raise _no_continuous_batching("init_continuous_batching")
-
-    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Never:
-        """Is not supported, as `generate_batch`."""
-        raise _no_continuous_batching("continuous_batching_context_manager")
-
 
 def require_sampling(generation_mode: GenerationMode) -> None:
     """Raises a ValueError for the modes of transformers that presuppose left to right."""
@@ -167,13 +156,6 @@ def require_no_prompt_learning(model: FittedGenerationMixin) -> None:
     peft_model = getattr(model.prepare_inputs_for_generation, "__self__", None)
     if getattr(getattr(peft_model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("`generate` does not support PEFT's prompt learning; LoRA and its kin work.")
-
-
-def _no_continuous_batching(name: str) -> ValueError:
-    return ValueError(
-        f"`{name}` samples next tokens, and an Eso-LM predicts the token at each slot: use `generate`, whose batches "
-        f"may be ragged."
-    )
 
 
 @contextmanager

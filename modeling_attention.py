@@ -1,15 +1,12 @@
 """Attention: which slot sees which, and the functions that compute it.
 
-Masks come from a rule, for whichever attention a model is configured with. Rows of different numbers of slots may
-share a forward, and none pays for the slots of another: the slots of all rows stand one behind the other, as a single
-row, so that norms, projections, the MLP and the head compute the real ones alone. Only attention tells the rows apart.
+Masks come from a rule, for whichever attention a model is configured with.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any, TypeGuard, cast
+from functools import lru_cache
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
 
 from .generation_order import clean_masked_padding, text_positions
+from .modeling_packing import Packing
 from .validation import require_exactly_one
 
 MAX_DECODED_SLOTS = 64
@@ -42,8 +40,8 @@ MAX_BYTES_COPIED = 2**24
 """Size of keys beyond which rows are multiplied one by one, where a product copies what is a part of a cache: fresh
 pages for a larger copy take longer than all else."""
 
-MAX_PADDED_WORK = 3
-"""How many times the products of queries and keys may grow by padding before each packed row attends by itself."""
+Pieces = torch.Tensor | list[torch.Tensor]
+"""Keys or values, (batch, heads, keys, width), of which some may be in one tensor and some in another."""
 
 GROUPED_SDPA = "eso_grouped_sdpa"
 """The name of `grouped_sdpa_attention_forward` among transformers' attention implementations."""
@@ -203,10 +201,17 @@ def _is_decoding_on_cpu(query: torch.Tensor) -> bool:
     return query.shape[-2] <= MAX_QUERIES_TRANSPOSED and query.device.type == "cpu" and is_plain
 
 
+def in_one_piece(states: Pieces, dim: int = 2) -> torch.Tensor:
+    """Keys or values in one tensor; a copy, if there are several."""
+    if isinstance(states, torch.Tensor):
+        return states
+    return states[0] if len(states) == 1 else torch.cat(states, dim=dim)
+
+
 def attend_few_queries(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Pieces,
+    value: Pieces,
     attention_mask: torch.Tensor,
     scaling: float,
 ) -> torch.Tensor:
@@ -214,16 +219,18 @@ def attend_few_queries(
 
     Args:
         query: (batch, heads, queries, width), few.
-        key, value: (batch, heads or fewer, keys, width).
+        key, value: (batch, heads or fewer, keys, width), in one piece or in several.
         attention_mask: (batch or 1, 1, queries, keys or the last of them), additive or boolean (True = visible).
         scaling: Of the scores.
 
     Returns:
         (batch, heads, queries, width).
     """
-    if goes_by_products(query.shape, key.shape[2]):
+    num_keys = key.shape[2] if isinstance(key, torch.Tensor) else sum(piece.shape[2] for piece in key)
+    if goes_by_products(query.shape, num_keys):
         return _attend_by_products(query, key, value, attention_mask, scaling)[0]
-    return _sdpa_of_groups(query, key, value, widen_mask(attention_mask, key.shape[2]), scale=scaling)
+    mask = widen_mask(attention_mask, num_keys)
+    return _sdpa_of_groups(query, in_one_piece(key), in_one_piece(value), mask, scale=scaling)
 
 
 def goes_by_products(shape: tuple[int, ...], num_keys: int) -> bool:
@@ -258,19 +265,22 @@ def widen_mask(attention_mask: torch.Tensor, num_keys: int) -> torch.Tensor:
 
 def _attend_by_products(
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key: Pieces,
+    value: Pieces,
     attention_mask: torch.Tensor | None,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The same, and the weights (batch, heads, queries, keys)."""
+    keys, values = ([states] if isinstance(states, torch.Tensor) else states for states in (key, value))
     batch, num_heads, slots, width = query.shape
-    num_key_heads, num_keys = key.shape[1:3]
+    num_key_heads = keys[0].shape[1]
     grouped = (query * scaling).reshape(batch, num_key_heads, -1, width).contiguous()
-    scores = _scores(grouped, key).view(batch, num_heads, slots, num_keys)
-    weights = _weights(scores, attention_mask, value.dtype)
-    mixed = _mix(weights.view(batch, num_key_heads, -1, num_keys), value)
-    return mixed.view(batch, num_heads, slots, -1), weights
+    scores = in_one_piece([_scores(grouped, piece) for piece in keys], dim=-1).view(batch, num_heads, slots, -1)
+    weights = _weights(scores, attention_mask, values[0].dtype)
+    parts = weights.view(*grouped.shape[:3], -1).split([piece.shape[2] for piece in values], dim=-1)
+    mixed = [_mix(*part) for part in zip(parts, values, strict=True)]
+    total = mixed[0] if len(mixed) == 1 else torch.stack(mixed).sum(dim=0)
+    return total.view(batch, num_heads, slots, -1), weights
 
 
 def _scores(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -308,81 +318,11 @@ def _mix(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     return mixed.view(batch, num_heads, num_queries, width)
 
 
-@lru_cache(maxsize=2)  # as many as there are sizes of bags at a time
+@lru_cache(maxsize=64)  # as many as there are texts that attend apart
 def _rows_of_bags(num_bags: int, num_queries: int, rows_between: int, num_keys: int) -> torch.Tensor:
     """(bags x queries, keys): where in the table each value is. The layers of a model ask for the same."""
     first = torch.arange(num_bags, dtype=torch.int32).repeat_interleave(num_queries) * rows_between
     return first[:, None] + torch.arange(num_keys, dtype=torch.int32)
-
-
-@dataclass
-class PackedRows:
-    """How the slots of a forward are shared out among the rows of a cache.
-
-    Args:
-        num_slots: Slots of each row; they stand one behind the other.
-        num_keys: Keys of each row, cached and fed, those of its slots last.
-        rows, slots: Of each packed slot, its row, and which of the slots of that row it is.
-    """
-
-    num_slots: list[int]
-    num_keys: list[int]
-    rows: torch.Tensor
-    slots: torch.Tensor
-
-    @cached_property
-    def attend_apart(self) -> bool:
-        """Whether each row attends by itself. Rows that are much alike are padded, and attend in a single call."""
-        needed = sum(count * keys for count, keys in zip(self.num_slots, self.num_keys, strict=True))
-        padded = len(self.num_slots) * max(self.num_slots) * max(self.num_keys)
-        return padded > MAX_PADDED_WORK * needed
-
-    def pad(self, states: torch.Tensor) -> torch.Tensor:
-        """From packed states (1, heads, slots, width) to (rows, heads, most slots of a row, width)."""
-        padded = states.new_zeros(len(self.num_slots), max(self.num_slots), *states.shape[1::2])
-        padded[self.rows, self.slots] = states[0].transpose(0, 1)
-        return padded.transpose(1, 2)
-
-
-def attend_packed(
-    attend: Callable,
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor,
-    packed_rows: PackedRows,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """Attention of each row's slots to its own keys.
-
-    Args:
-        attend: An attention function of transformers' interface.
-        query: (1, heads, slots of all rows, width).
-        key, value: (rows, heads, keys, width), of which each row has its own in front.
-        attention_mask: (rows, 1, most slots of a row, keys), which of the keys a slot sees.
-
-    Returns:
-        (1, slots of all rows, heads, width), None.
-    """
-    if not packed_rows.attend_apart:
-        output, _ = attend(module, packed_rows.pad(query), key, value, attention_mask, **kwargs)
-        return output[packed_rows.rows, packed_rows.slots][None], None
-    outputs, start = [], 0
-    for row, (count, keys) in enumerate(zip(packed_rows.num_slots, packed_rows.num_keys, strict=True)):
-        own, slots = slice(row, row + 1), slice(start, start + count)
-        if count > 0:
-            output, _ = attend(
-                module,
-                query[:, :, slots],
-                key[own, :, :keys],
-                value[own, :, :keys],
-                attention_mask[own, :, :count, :keys],
-                **kwargs,
-            )
-            outputs.append(output)
-        start += count
-    return torch.cat(outputs, dim=1), None
 
 
 def grouped_sdpa_attention_forward(
@@ -393,18 +333,17 @@ def grouped_sdpa_attention_forward(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    packed_rows: PackedRows | None = None,
+    packed_rows: Packing | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' sdpa attention, with a mask and grouped heads, without copies of the keys and values.
 
-    There it repeats them for every head of a group: in a decoding step the whole cache. Rows may be packed.
+    There it repeats them for every head of a group: in a decoding step the whole cache. Rows may be packed; keys and
+    values may come in pieces, and a mask may be narrower than the keys.
     """
     if packed_rows is not None:
         kwargs |= {"dropout": dropout, "scaling": scaling}
-        attend = grouped_sdpa_attention_forward
-        mask = cast(torch.Tensor, attention_mask)  # packed rows never come without
-        return attend_packed(attend, module, query, key, value, mask, packed_rows, **kwargs)
+        return packed_rows.attend(grouped_sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
     has_bias = kwargs.get("position_bias") is not None
     if has_bias or attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(
@@ -414,7 +353,9 @@ def grouped_sdpa_attention_forward(
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
         output = attend_few_queries(query, key, value, attention_mask, scaling)
     else:
-        output = _sdpa_of_groups(query, key, value, attention_mask, dropout_p=dropout, scale=scaling)
+        key, value = in_one_piece(key), in_one_piece(value)
+        mask = widen_mask(attention_mask, key.shape[2])
+        output = _sdpa_of_groups(query, key, value, mask, dropout_p=dropout, scale=scaling)
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -23,6 +23,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import is_flash_attention_requested
 from transformers.utils.output_capturing import capture_outputs
 
+from .batching import EsoBatchingMixin
 from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin
 from .generation import EsoGenerationMixin
@@ -280,7 +281,12 @@ class EsoModel(EsoPreTrainedModel):
 
 
 class EsoForMaskedDiffusion(
-    EsoInferenceMixin, EsoPreTrainedModel, EsoGenerationMixin, EsoLikelihoodMixin, EsoAdaptationMixin
+    EsoInferenceMixin,
+    EsoPreTrainedModel,
+    EsoBatchingMixin,
+    EsoGenerationMixin,  # by whose name transformers knows that it generates
+    EsoLikelihoodMixin,
+    EsoAdaptationMixin,
 ):
     """An Eso-LM: the backbone with a head that predicts every slot's own token.
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import backbone_config, random_batch, randomized_model
 
-from eso_lm import modeling_attention
+from eso_lm import modeling_packing
 
 CALLS, SAMPLES = 60, 64
 
@@ -66,7 +66,7 @@ def test_packed_rows_that_attend_together_are_those_that_attend_apart(monkeypatc
     is_real = torch.arange(8) >= torch.tensor([[0], [3], [6]])
     outputs = []
     for padded_work in (0, 1e9):
-        monkeypatch.setattr(modeling_attention, "MAX_PADDED_WORK", padded_work)
+        monkeypatch.setattr(modeling_packing, "MAX_PADDED_WORK", padded_work)
         torch.manual_seed(0)
         outputs.append(
             model.generate(
