@@ -89,6 +89,11 @@ class EsoBatchingManager(ContinuousBatchingManager):
         self._processor: EsoBatchProcessor | None = None  # also after `stop`
         self._while_running = ExitStack()
 
+    @property
+    def longest_text(self) -> int:
+        """Tokens of the longest text that the model, and the memory, have been made for."""
+        return min(length_of_model(self.model), self.num_slots)
+
     def start(self) -> None:
         """Starts the thread that runs the forwards."""
         self._let_workers_go()
@@ -207,6 +212,8 @@ class EsoBatchingManager(ContinuousBatchingManager):
         outside = [token for token in input_ids if not 0 <= token < vocab_size]
         if outside:
             raise ValueError(f"`input_ids` must be ids of the vocabulary, in [0, {vocab_size - 1}], got {outside[0]}.")
+        length = len(input_ids) + (of_session.max_new_tokens or 0)
+        self._require_room(max(length, of_session.max_length or 0), len(input_ids))  # before anything is allocated
         prompt = torch.tensor([input_ids], dtype=torch.long, device=self.model.device) if input_ids else None
         with self._request_lock:
             if request_id is None:
@@ -223,18 +230,22 @@ class EsoBatchingManager(ContinuousBatchingManager):
             for sample in range(samples)
         ]
         self._let_workers_go()
-        if sessions[0].num_slots > self.num_slots:
-            raise ValueError(
-                f"The text takes {sessions[0].num_slots} slots of the cache (the prompt of {len(input_ids)}, "
-                f"`max_new_tokens`, and the masks of lossless decoding), which has {self.num_slots}: ask for less, or "
-                f"give it more memory."
-            )
+        self._require_room(sessions[0].num_slots, len(input_ids))
         names = names_of_samples(request_id, samples)
         with self._request_lock:
             if not self._names.isdisjoint(names):
                 raise ValueError(f"`request_id={request_id!r}` is under way: wait for it, or choose another name.")
             self._names.update(names)
         return dict(zip(names, sessions, strict=True))
+
+    def _require_room(self, needed: int, length: int) -> None:
+        """Raises a ValueError for a text that can never fit."""
+        if needed > self.num_slots:
+            raise ValueError(
+                f"`max_new_tokens` (or `max_length`) behind the prompt of {length} tokens makes a text of {needed} "
+                f"slots (with the masks of lossless decoding), and the cache has {self.num_slots}: ask for less, or "
+                f"give it more memory."
+            )
 
     def _enqueue(
         self, input_ids: list[int], sessions: dict[str, GenerationSession], streaming: bool, record_timestamps: bool
@@ -254,6 +265,11 @@ class EsoBatchingManager(ContinuousBatchingManager):
                 session.__exit__(None, None, None)
             added.append(added_name)
         return added[0]
+
+    def forget_result_handler(self, request_id: str) -> None:
+        """Takes back `register_result_handler`, for a request that has not been added after all."""
+        with self.output_router._lock:
+            self.output_router.result_handlers.pop(request_id, None)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -275,11 +291,12 @@ class EsoBatchingManager(ContinuousBatchingManager):
         `active` and `waiting` requests; `slots_in_use`, `slots_kept` (of prompts that nobody uses at the moment) and
         `slots` of the cache, and its `cache_bytes`; and, counted: requests that have `finished`, `failed` or been
         `cancelled`, `forwards`, `fed_slots` (what they computed), `generated_tokens` (of finished requests), and
-        `shared_prompt_tokens`, which needed no computing.
+        `shared_prompt_tokens`, which needed no computing; and `waiting_ms` and `decoding_ms`, which finished requests
+        have taken in all.
         """
-        counted = ("finished", "failed", "cancelled", "forwards", "fed_slots", "generated_tokens")
+        counted = ("finished", "failed", "cancelled", "forwards", "fed_slots", "generated_tokens", "waiting_ms")
         found = dict.fromkeys(("active", "waiting", "slots_in_use", "slots_kept", "cache_bytes"), 0)
-        found |= {"slots": self.num_slots} | dict.fromkeys((*counted, "shared_prompt_tokens"), 0)
+        found |= {"slots": self.num_slots} | dict.fromkeys((*counted, "decoding_ms", "shared_prompt_tokens"), 0)
         if self._processor is None:
             return found
         processor, memory = self._processor, self._processor.memory
@@ -336,7 +353,7 @@ def _num_slots(
         if config.num_blocks * config.page_size < 1:
             raise ValueError(f"`num_blocks` times `page_size` must be at least 1, got {config.num_blocks}.")
         return config.num_blocks * config.page_size
-    longest = getattr(model.model.config, "max_position_embeddings", DEFAULT_LENGTH)
+    longest = length_of_model(model)
     if hints is not None and hints.num_requests > 0:
         longest = hints.max_prompt_length + hints.max_generated_length
         max_requests = min(hints.num_requests, max_requests)
@@ -354,6 +371,11 @@ def _num_slots(
             f"`max_memory_percent={share}` of {available} bytes is not enough for a slot of the cache: ask for more."
         )
     return min(wanted, affordable)
+
+
+def length_of_model(model: EsoGenerationMixin) -> int:
+    """Tokens that its texts have at the most."""
+    return int(getattr(model.model.config, "max_position_embeddings", DEFAULT_LENGTH))
 
 
 def let_worker_threads_go() -> None:

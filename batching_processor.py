@@ -40,6 +40,7 @@ class EsoGenerationOutput(GenerationOutput):
         num_function_evaluations: Forwards in which it had a part.
         unmasking_steps, log_probs: Of each token of `sequence`, as in [`EsoGenerateOutput`].
         statistics: Those of lossless decoding, as in [`EsoGenerateOutput`].
+        finish_reason: "length", or "stop": at an end of text, or where a stopping criterion said so. None: not yet.
     """
 
     sequence: list[int] = field(default_factory=list)
@@ -48,6 +49,7 @@ class EsoGenerationOutput(GenerationOutput):
     unmasking_steps: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     statistics: dict[str, int] = field(default_factory=dict)
+    finish_reason: str | None = None
 
 
 class InOrder(Scheduler):
@@ -246,6 +248,8 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         state.status = RequestStatus.FINISHED
         self.scheduler.finish_request(state.request_id)
         self.counts["finished"] += 1
+        self.counts["waiting_ms"] += round(1e3 * (state.lifespan[0] - state.created_time))
+        self.counts["decoding_ms"] += round(1e3 * (state.lifespan[1] - state.lifespan[0]))
         self.counts["generated_tokens"] += int((session.canvas.unmasking_steps > 0).sum())
         session.__exit__(None, None, None)
         self._deliver(output_of(state))
@@ -294,12 +298,17 @@ def output_of(state: RequestState) -> EsoGenerationOutput:
     """What there is to tell of a request."""
     canvas, session = session_of(state).canvas, session_of(state)
     end = canvas.end[0]
+    sequence = canvas.sequences()[0, :end].tolist()
+    is_stopped = (
+        end < canvas.length or canvas.is_stopped[0] or sequence[-1:] in [[token] for token in canvas.eos_token_ids]
+    )
     return EsoGenerationOutput(
         **vars(state.to_generation_output()),
-        sequence=canvas.sequences()[0, :end].tolist(),
+        sequence=sequence,
         num_given=canvas.num_given[0],
         num_function_evaluations=session.num_forwards,
         unmasking_steps=canvas.unmasking_steps[0, :end].tolist(),
         log_probs=canvas.log_probs[0, :end].tolist(),
         statistics={name: counts[0] for name, counts in session.strategy.statistics().items()},
+        finish_reason=("stop" if is_stopped else "length") if state.status == RequestStatus.FINISHED else None,
     )
