@@ -14,7 +14,10 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
+from transformers.generation.continuous_batching.continuous_api import (
+    BackgroundThreadStatus,
+    ContinuousBatchingManager,
+)
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from .batching_forward import SharedForward, bytes_of_slot, require_packing
@@ -31,6 +34,11 @@ DEFAULT_MAX_REQUESTS = 32
 
 DEFAULT_MAX_PROMPT_SLOTS = 512
 """Slots of prompts that join a forward, unless told otherwise: more would keep the others waiting."""
+
+MEANINGLESS_SETTINGS = frozenset(
+    {"attention_mask", "begins_only", "cache_implementation", "generator", "lockstep", "past_key_values"}
+)
+"""Of `generate`, those that requests of one prompt, without padding and on a shared cache, have no use for."""
 
 OMP_PAUSE_SOFT = 1
 """OpenMP's name for letting go of threads, and of nothing else."""
@@ -197,7 +205,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
             raise ValueError(f"`request_id` must be a string, got {request_id!r}.")
         if seed is not None and not (is_integer(seed) and 0 <= seed < 2**63):
             raise ValueError(f"`seed` must be an integer in [0, 2^63 - 1], got {seed!r}.")
-        refused = {"past_key_values", "generator", "attention_mask", "lockstep", "begins_only"} & set(settings)
+        refused = MEANINGLESS_SETTINGS & set(settings)
         if refused:
             raise ValueError(
                 f"{sorted(refused)} have no meaning for a request: leave them unset (`seed` seeds draws)."
@@ -225,7 +233,11 @@ class EsoBatchingManager(ContinuousBatchingManager):
                 self._next_seed = None if self._next_seed is None else self._next_seed + samples
         sessions = [
             self.model.begin_generation(
-                prompt, of_session, generator=[torch.Generator().manual_seed(seed + sample)], **others
+                prompt,
+                of_session,
+                attention_mask=None if prompt is None else torch.ones_like(prompt),  # it has no padding
+                generator=[torch.Generator().manual_seed(seed + sample)],
+                **others,
             )
             for sample in range(samples)
         ]
@@ -264,6 +276,9 @@ class EsoBatchingManager(ContinuousBatchingManager):
                 self._names.discard(name)
                 session.__exit__(None, None, None)
             added.append(added_name)
+        if self.background_thread_status.local_status == BackgroundThreadStatus.STOPPED:
+            # The thread has ended meanwhile, and would leave them without an answer.
+            self._fail_all_remaining_requests(RuntimeError("The manager has stopped."), self._processor)
         return added[0]
 
     def forget_result_handler(self, request_id: str) -> None:

@@ -1,5 +1,6 @@
 """What the thread of continuous batching does at every step: who joins, one forward for all, who leaves."""
 
+import queue
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from transformers.generation.continuous_batching.continuous_api import (
 )
 from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import Scheduler
+from transformers.generation.continuous_batching.utils import drain_queue
 from transformers.utils import logging
 
 from .batching_forward import SharedForward
@@ -67,13 +69,6 @@ class InOrder(Scheduler):
         raise NotImplementedError
 
 
-class AnySettings:
-    """In the place of transformers' per-request logits processors: a session brings its own."""
-
-    def check_kwargs(self, kwargs: dict[str, Any]) -> None:
-        """Accepts what a request brings."""
-
-
 class EsoBatchProcessor(ContinuousBatchProcessor):
     """Carries out the steps of transformers' `ContinuousBatchingManager` for an Eso-LM.
 
@@ -104,11 +99,12 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
     ):
         self.forward, self.memory = forward, memory
         self.max_prompt_slots = max_prompt_slots
-        self.input_queue, self.cancel_queue, self.output_router = input_queue, cancel_queue, output_router
+        # transformers' own step loses what it finds in its queue when it is told to stop at once: it finds nothing.
+        self.incoming, self.input_queue = input_queue, queue.Queue()
+        self.cancel_queue, self.output_router = cancel_queue, output_router
         self.background_thread_status, self.distributed_helper = status, distributed_helper
         self.names = names
         self.scheduler: InOrder = InOrder(memory, max_requests)
-        self.logit_processor = AnySettings()  # type: ignore[assignment]
         # What transformers' loop looks at: forwards are waited for.
         self.use_async_batching = False
         self.inputs_and_outputs = SimpleNamespace(compute_stream=None)  # type: ignore[assignment]
@@ -138,6 +134,8 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
 
     def prepare_next_batch(self) -> bool:
         """Lets go of cancelled requests, lets others join, and asks all what they feed; whether there is anything."""
+        for state in drain_queue(self.incoming):
+            self.scheduler.add_waiting_request(state)
         if self._update_tp_group_state():
             return False
         for state in self.scheduler.clear_cancelled_requests():

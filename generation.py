@@ -79,6 +79,8 @@ class EsoGenerationMixin(FittedGenerationMixin):
         require_generation_config(generation_config)
         kwargs = {name: to_python(value) for name, value in kwargs.items()}
         kwargs.pop("token_type_ids", None)  # which tokenizers of BERT's kind add to every text
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError("`cache_implementation='paged'` is continuous batching: call `generate_batch`.")
         for name in ("max_length", "max_new_tokens", "num_return_sequences"):
             require_count(name, kwargs.get(name))
         name = "inputs" if inputs is not None else "input_ids"

@@ -118,7 +118,9 @@ class Answers:
             new_tokens = body.max_new_tokens(start < len(prompt))
             if new_tokens is None:
                 new_tokens = model.generation_config.max_new_tokens or DEFAULT_CHAT_TOKENS
-                new_tokens = max(0, min(new_tokens, self.engine.manager.longest_text - len(prompt)))
+                new_tokens = min(new_tokens, self.engine.manager.longest_text - len(prompt))
+                if new_tokens < 1:
+                    raise ValueError(f"`messages` come to {len(prompt)} tokens, which leaves no room for an answer.")
             settings = body.of_generate() | {"max_new_tokens": new_tokens}
             requests.append((prompt, settings | stopping_at(tokenizer, body.stops, start)))
             before = decode(tokenizer, prompt[:start]) if body.echo else ""

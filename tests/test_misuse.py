@@ -25,10 +25,11 @@ def collated(model: EsoForMaskedDiffusion) -> dict[str, torch.Tensor]:
     return collator([{"input_ids": row} for row in random_batch(model, 2, 8).tolist()])
 
 
-@pytest.mark.parametrize("name", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
-def test_continuous_batching_samples_something_else(model, name):
-    with pytest.raises(ValueError, match=rf"`{name}` samples next tokens, and an Eso-LM predicts"):
-        getattr(model, name)([[1, 2, 3]])
+def test_paged_generation_goes_by_another_name(model):
+    with pytest.raises(
+        ValueError, match="`cache_implementation='paged'` is continuous batching: call `generate_batch`"
+    ):
+        model.generate(torch.tensor([[1, 2, 3]]), cache_implementation="paged")
 
 
 def test_labels_without_masks_would_train_nothing(model):
