@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 
+from .batching import EsoBatchingMixin
+from .batching_manager import EsoBatchingManager
+from .batching_processor import EsoRequestOutput
 from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
 from .generation import EsoGenerationMixin
@@ -27,6 +30,8 @@ del auto_class
 __all__ = [
     "DataCollatorForDraftHead",
     "DataCollatorForHybridMaskedDiffusion",
+    "EsoBatchingManager",
+    "EsoBatchingMixin",
     "EsoConfig",
     "EsoForMaskedDiffusion",
     "EsoGenerateOutput",
@@ -36,6 +41,7 @@ __all__ = [
     "EsoLikelihoodOutput",
     "EsoModel",
     "EsoNelboOutput",
+    "EsoRequestOutput",
     "ExponentialMovingAverageCallback",
     "HeldOutEvaluationCallback",
 ]

@@ -9,7 +9,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
 
 from .batching_manager import EsoBatchingManager, names_of_samples, num_samples
-from .batching_processor import EsoGenerationOutput
+from .batching_processor import EsoRequestOutput
 from .generation import EsoGenerationMixin
 from .generation_configuration import as_eso_generation_config, require_generation_config
 
@@ -51,7 +51,7 @@ class EsoBatchingMixin(EsoGenerationMixin):
         persistent_manager: bool = False,
         warmup: bool = True,
         **settings: Any,
-    ) -> dict[str, EsoGenerationOutput]:
+    ) -> dict[str, EsoRequestOutput]:
         """Generates from many prompts of any lengths, as many at a time as there is memory for.
 
         Args:

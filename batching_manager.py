@@ -133,7 +133,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
             streaming: Whether there is a result after every forward, of what is known so far.
             record_timestamps: Whether to note when each token was known from the left, in seconds.
             eos_token_id: Tokens that end the text.
-            seed: Of all its draws. None: another one each time.
+            seed: Of all its draws. None: drawn by torch's global generator.
             generation_config, settings: As for `generate`, also `logits_processor`, `stopping_criteria`,
                 `stop_strings` with `tokenizer`, and `streamer`; what is about several rows, caches or processes does
                 not apply. With `num_return_sequences=n`, there are n - 1 more results, of seeds that follow, as
@@ -229,7 +229,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
                 self._request_counter += 1
             if seed is None:
                 # Of a range that the samples' do not leave.
-                seed = int(torch.seed() % 2**62) if self._next_seed is None else self._next_seed
+                seed = int(torch.randint(2**62, ())) if self._next_seed is None else self._next_seed
                 self._next_seed = None if self._next_seed is None else self._next_seed + samples
         sessions = [
             self.model.begin_generation(

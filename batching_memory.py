@@ -14,19 +14,26 @@ import torch
 MIN_SHARED = 16
 """Slots below which what a prompt has in common with another is computed again: another piece costs more."""
 
+MAX_COMPARED = 32
+"""Kept prompts, of those that begin alike, that a new one is compared with: the ones that came last."""
+
+
+Piece = tuple["Stretch", int]
+"""A stretch, and how many slots at its beginning are meant."""
+
 
 @dataclass(eq=False)
 class Stretch:
-    """Neighbouring slots that are given back together.
+    """Neighbouring slots of the cache, which are free again as soon as nobody counts on them.
 
     Args:
         start, length: Which.
-        num_holders: The texts and kept prompts that count on it.
+        held: How many slots, at the beginning, each text and each kept prompt counts on.
     """
 
     start: int
     length: int
-    num_holders: int = 0
+    held: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -34,12 +41,12 @@ class Lease:
     """The slots of a text.
 
     Args:
-        pieces: Stretches, and how many slots at the beginning of each are the text's; in the order of its slots.
+        pieces: Where they are, in the order of the text's slots.
         num_shared: Slots in front that hold the keys and values of its prompt already.
         prompt: (given slots,), what its slots hold in the beginning, as from [`prompt_key`].
     """
 
-    pieces: list[tuple[Stretch, int]]
+    pieces: list[Piece]
     num_shared: int
     prompt: torch.Tensor
 
@@ -67,7 +74,7 @@ class _KeptPrompt:
     """A prompt whose keys and values are there, and where."""
 
     key: torch.Tensor
-    pieces: list[tuple[Stretch, int]]
+    pieces: list[Piece]
 
 
 def prompt_key(tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -95,7 +102,9 @@ class SlotMemory:
     shares_prompts: bool = True
     leases: dict[str, Lease] = field(default_factory=dict)
     _holes: list[tuple[int, int]] = field(default_factory=list)  # (start, stop), ascending, none next to another
-    _kept: list[_KeptPrompt] = field(default_factory=list)  # the one that was last of use last
+    # All kept prompts, the one that was last of use last; and those that begin alike, in the order in which they came.
+    _kept: dict[_KeptPrompt, None] = field(default_factory=dict)
+    _by_beginning: dict[bytes, list[_KeptPrompt]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._holes = [(0, self.num_slots)]
@@ -103,40 +112,36 @@ class SlotMemory:
     @property
     def num_free(self) -> int:
         """Slots that are nobody's, not counting those of kept prompts that nobody uses."""
-        return sum(_size(hole) for hole in self._holes)
+        return sum(map(_size, list(self._holes)))
 
     @property
     def num_in_use(self) -> int:
         """Slots that texts count on."""
-        stretches = {id(stretch): stretch for lease in self.leases.values() for stretch, _ in lease.pieces}
-        return sum(stretch.length for stretch in stretches.values())
+        most: dict[Stretch, int] = {}
+        for lease in list(self.leases.values()):
+            for stretch, count in lease.pieces:
+                most[stretch] = max(count, most.get(stretch, 0))
+        return sum(most.values())
 
     def take(self, owner: str, num_slots: int, prompt: torch.Tensor) -> Lease | None:
         """Gives a text its slots; None if there are not enough now.
 
         Args:
-            owner: Its name.
+            owner: Its name, which has no slots yet.
             num_slots: That it will ever need.
             prompt: As from [`prompt_key`].
-
-        Raises:
-            ValueError: if the owner has slots already.
         """
-        if owner in self.leases:
-            raise ValueError(f"`request_id={owner!r}` is in use: wait for its result, or choose another.")
         shared = self._shared_pieces(prompt)
-        for stretch, _ in shared:
-            stretch.num_holders += 1  # so that making room leaves it alone
+        self._hold(shared)  # so that making room leaves it alone
         num_shared = sum(count for _, count in shared)
         missing = num_slots - num_shared
-        while self.num_free < missing and self._drop_kept_prompt():
-            pass
+        while self.num_free < missing and self._kept:
+            self._drop(next(iter(self._kept)))
         if self.num_free < missing:
             self._let_go(shared)
             return None
         own = [(stretch, stretch.length) for stretch in self._take_stretches(missing)]
-        for stretch, _ in own:
-            stretch.num_holders += 1
+        self._hold(own)
         self.leases[owner] = Lease(shared + own, num_shared, prompt)
         return self.leases[owner]
 
@@ -146,10 +151,10 @@ class SlotMemory:
         length = lease.prompt.shape[1]
         if not self.shares_prompts or length - lease.num_shared < MIN_SHARED:
             return
-        pieces = _first(lease.pieces, length)
-        for stretch, _ in pieces:
-            stretch.num_holders += 1
-        self._kept.append(_KeptPrompt(lease.prompt, pieces))
+        kept = _KeptPrompt(lease.prompt, _first(lease.pieces, length))
+        self._hold(kept.pieces)
+        self._kept[kept] = None
+        self._by_beginning.setdefault(_beginning(kept.key), []).append(kept)
 
     def num_shareable(self, prompt: torch.Tensor) -> int:
         """Slots of a prompt whose keys and values are there."""
@@ -160,33 +165,44 @@ class SlotMemory:
         lease = self.leases.pop(owner, None)
         if lease is not None:
             self._let_go(lease.pieces)
-            self._trim([stretch for stretch, _ in lease.pieces])
 
     def forget_prompts(self) -> None:
         """Gives up the keys and values of prompts: those of weights that have changed."""
-        while self._drop_kept_prompt():
-            pass
+        for kept in list(self._kept):
+            self._drop(kept)
 
-    def _shared_pieces(self, prompt: torch.Tensor) -> list[tuple[Stretch, int]]:
+    def _shared_pieces(self, prompt: torch.Tensor) -> list[Piece]:
         best, most = None, MIN_SHARED - 1
-        for kept in self._kept:
+        for kept in self._by_beginning.get(_beginning(prompt), [])[-MAX_COMPARED:]:
             count = num_in_common(kept.key, prompt)
             if count > most:
                 best, most = kept, count
         if best is None:
             return []
-        self._kept.remove(best)
-        self._kept.append(best)
+        self._kept[best] = self._kept.pop(best)
         return _first(best.pieces, most)
 
-    def _drop_kept_prompt(self) -> bool:
-        """Gives up the prompt that has been of no use for the longest time; whether there was one."""
-        if not self._kept:
-            return False
-        pieces = self._kept.pop(0).pieces
-        self._let_go(pieces)
-        self._trim([stretch for stretch, _ in pieces])
-        return True
+    def _drop(self, kept: _KeptPrompt) -> None:
+        """Gives up a prompt."""
+        del self._kept[kept]
+        alike = self._by_beginning[_beginning(kept.key)]
+        alike.remove(kept)
+        if not alike:
+            del self._by_beginning[_beginning(kept.key)]
+        self._let_go(kept.pieces)
+
+    def _hold(self, pieces: list[Piece]) -> None:
+        for stretch, count in pieces:
+            stretch.held.append(count)
+
+    def _let_go(self, pieces: list[Piece]) -> None:
+        """One less who counts on them; slots on which nobody does are free."""
+        for stretch, count in pieces:
+            stretch.held.remove(count)
+            length = max(stretch.held, default=0)
+            if length < stretch.length:
+                self._give_back(stretch.start + length, stretch.start + stretch.length)
+                stretch.length = length
 
     def _take_stretches(self, num_slots: int) -> list[Stretch]:
         """The smallest hole that is large enough; or several, the largest ones first."""
@@ -201,22 +217,6 @@ class SlotMemory:
             num_slots -= count
         return stretches
 
-    def _let_go(self, pieces: list[tuple[Stretch, int]]) -> None:
-        """One holder less of each; what nobody holds is free."""
-        for stretch, _ in pieces:
-            stretch.num_holders -= 1
-            if stretch.num_holders == 0:
-                self._give_back(stretch.start, stretch.start + stretch.length)
-
-    def _trim(self, stretches: list[Stretch]) -> None:
-        """Gives back what is behind the last slot of a stretch that somebody counts on."""
-        held = [*(lease.pieces for lease in self.leases.values()), *(kept.pieces for kept in self._kept)]
-        for stretch in stretches:
-            length = max((count for pieces in held for one, count in pieces if one is stretch), default=0)
-            if stretch.num_holders > 0 and length < stretch.length:
-                self._give_back(stretch.start + length, stretch.start + stretch.length)
-                stretch.length = length
-
     def _give_back(self, start: int, stop: int) -> None:
         place = bisect_left(self._holes, (start, stop))
         if place < len(self._holes) and self._holes[place][0] == stop:
@@ -227,11 +227,16 @@ class SlotMemory:
         self._holes.insert(place, (start, stop))
 
 
+def _beginning(prompt: torch.Tensor) -> bytes:
+    """By which prompts are found that may have enough in common."""
+    return prompt[:, :MIN_SHARED].contiguous().numpy().tobytes()
+
+
 def _size(hole: tuple[int, int]) -> int:
     return hole[1] - hole[0]
 
 
-def _first(pieces: list[tuple[Stretch, int]], num_slots: int) -> list[tuple[Stretch, int]]:
+def _first(pieces: list[Piece], num_slots: int) -> list[Piece]:
     """The first so many slots."""
     starts = accumulate((count for _, count in pieces), initial=0)
     return [

@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 
 
 @dataclass
-class EsoGenerationOutput(GenerationOutput):
+class EsoRequestOutput(GenerationOutput):
     """What has become of a request so far: transformers' [`GenerationOutput`], and what only an Eso-LM has to tell.
 
     `generated_tokens` are those behind what was given at the beginning of the prompt: its first hole, if there is one,
@@ -272,7 +272,7 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
             logger.warning(f"Request {state.request_id} has failed: {error!r}")
             self._fail(state, error)
 
-    def _deliver(self, output: EsoGenerationOutput) -> None:
+    def _deliver(self, output: EsoRequestOutput) -> None:
         if output.is_finished():
             self.names.discard(output.request_id)
         try:
@@ -292,20 +292,19 @@ def prompt_of(session: GenerationSession) -> torch.Tensor:
     return prompt_key(session.canvas.tokens[0, columns], session.canvas.text_positions[0, columns])
 
 
-def output_of(state: RequestState) -> EsoGenerationOutput:
+def output_of(state: RequestState) -> EsoRequestOutput:
     """What there is to tell of a request."""
     canvas, session = session_of(state).canvas, session_of(state)
     end = canvas.end[0]
-    sequence = canvas.sequences()[0, :end].tolist()
-    is_stopped = (
-        end < canvas.length or canvas.is_stopped[0] or sequence[-1:] in [[token] for token in canvas.eos_token_ids]
-    )
-    return EsoGenerationOutput(
+    sequence, steps = canvas.sequences()[0, :end].tolist(), canvas.unmasking_steps[0, :end].tolist()
+    has_ended = steps[-1:] > [0] and sequence[-1] in canvas.eos_token_ids
+    is_stopped = has_ended or end < canvas.length or canvas.is_stopped[0]
+    return EsoRequestOutput(
         **vars(state.to_generation_output()),
         sequence=sequence,
         num_given=canvas.num_given[0],
         num_function_evaluations=session.num_forwards,
-        unmasking_steps=canvas.unmasking_steps[0, :end].tolist(),
+        unmasking_steps=steps,
         log_probs=canvas.log_probs[0, :end].tolist(),
         statistics={name: counts[0] for name, counts in session.strategy.statistics().items()},
         finish_reason=("stop" if is_stopped else "length") if state.status == RequestStatus.FINISHED else None,

@@ -19,14 +19,17 @@ from starlette.exceptions import HTTPException
 from transformers import PreTrainedTokenizerBase
 
 from .batching_manager import EsoBatchingManager
-from .batching_processor import EsoGenerationOutput
-from .serving_protocol import ChatRequest, Choice, CompletionRequest, decode, stopping_at, usage
+from .batching_processor import EsoRequestOutput
+from .serving_protocol import MAX_CHOICES, ChatRequest, Choice, CompletionRequest, decode, stopping_at, usage
 
 MAX_WAITING = 1024
 """Requests that may wait to join; more are told to come again."""
 
 DEFAULT_CHAT_TOKENS = 1024
 """Tokens of an answer in a chat, unless the body, or the model, says otherwise, as far as the model's length goes."""
+
+GAUGES = ("active", "waiting", "slots", "slots_in_use", "slots_kept", "cache_bytes")
+"""Metrics that may fall again."""
 
 GRACE_SECONDS = 25.0
 """How long requests under way may go on after SIGTERM; then they are answered with an error."""
@@ -76,7 +79,7 @@ class Answers:
         self.choices: list[Choice] = []
         self.prompts: list[list[int]] = []
         self.names: list[str] = []
-        self.outputs: asyncio.Queue[EsoGenerationOutput] = asyncio.Queue()
+        self.outputs: asyncio.Queue[EsoRequestOutput] = asyncio.Queue()
         self.under_way: set[str] = set()
 
     async def ask(self) -> None:
@@ -113,7 +116,10 @@ class Answers:
         """Of each prompt, its tokens, and the settings of its requests."""
         body, tokenizer, model = self.body, self.engine.tokenizer, self.engine.manager.model
         mask, requests = model.config.mask_token_id, []
-        for prompt in body.prompts(tokenizer, mask):
+        prompts = body.prompts(tokenizer, mask)
+        if len(prompts) * (body.n or 1) > MAX_CHOICES:
+            raise ValueError(f"`n` times the number of prompts must be at most {MAX_CHOICES}, got {len(prompts)}.")
+        for prompt in prompts:
             start = prompt.index(mask) if mask in prompt else len(prompt)
             new_tokens = body.max_new_tokens(start < len(prompt))
             if new_tokens is None:
@@ -144,7 +150,7 @@ class Answers:
                     raise HTTPException(503, "The server is about to stop.")
                 self.under_way.add(added)
 
-    async def results(self) -> AsyncIterator[tuple[int, EsoGenerationOutput]]:
+    async def results(self) -> AsyncIterator[tuple[int, EsoRequestOutput]]:
         """What becomes known, and of which choice."""
         while self.under_way:
             output = await self.outputs.get()
@@ -152,7 +158,7 @@ class Answers:
                 self.under_way.discard(output.request_id)
             yield self.names.index(output.request_id), output
 
-    async def finished(self) -> list[EsoGenerationOutput]:
+    async def finished(self) -> list[EsoRequestOutput]:
         """The outputs of all choices, once they are there.
 
         Raises:
@@ -178,7 +184,7 @@ class Answers:
             kind = "chat.completion.chunk" if self.body.stream else "chat.completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.engine.name}
 
-    def whole(self, outputs: list[EsoGenerationOutput]) -> dict[str, Any]:
+    def whole(self, outputs: list[EsoRequestOutput]) -> dict[str, Any]:
         """The answer."""
         choices = []
         for index, (choice, output) in enumerate(zip(self.choices, outputs, strict=True)):
@@ -199,7 +205,7 @@ class Answers:
             )
         return self.head | {"choices": choices, "usage": usage(outputs, len(self.prompts))}
 
-    def _log_probs(self, output: EsoGenerationOutput) -> dict[str, Any] | None:
+    def _log_probs(self, output: EsoRequestOutput) -> dict[str, Any] | None:
         """Of each token that is told, in nats, under the model's own distribution; 0 where it was given."""
         tokenizer = self.engine.tokenizer
         texts = [str(tokenizer.decode([token])) for token in output.generated_tokens]
@@ -220,7 +226,7 @@ class Answers:
     async def events(self) -> AsyncIterator[str]:
         """The answer as server-sent events, while it becomes known."""
         try:
-            outputs: dict[int, EsoGenerationOutput] = {}
+            outputs: dict[int, EsoRequestOutput] = {}
             for index, choice in enumerate(self.choices):
                 choice.told = choice.before
                 if choice.before or isinstance(self.body, ChatRequest):
@@ -246,7 +252,7 @@ class Answers:
         finally:
             self.cancel()
 
-    def _event(self, index: int, text: str, role: str | None = None, output: EsoGenerationOutput | None = None) -> str:
+    def _event(self, index: int, text: str, role: str | None = None, output: EsoRequestOutput | None = None) -> str:
         choice: dict[str, Any] = {"index": index, "text": text}
         if isinstance(self.body, ChatRequest):
             delta = {"content": text} if output is None else {}
@@ -261,7 +267,7 @@ class Answers:
         return f"data: {json.dumps(self.head | {'choices': [choice]})}\n\n"
 
 
-def failure(engine: Engine, output: EsoGenerationOutput) -> tuple[int, str]:
+def failure(engine: Engine, output: EsoRequestOutput) -> tuple[int, str]:
     """The status and the message of a request that has failed while it was under way."""
     if not engine.is_alive:
         return 503, f"The request could not be finished: {output.error}"
@@ -364,9 +370,11 @@ def build_app(make_engine: Callable[[], Engine], allow_all_origins: bool = False
 
     @app.get("/metrics")
     async def metrics() -> PlainTextResponse:
-        return PlainTextResponse(
-            "".join(f"eso_{name} {value}\n" for name, value in app.state.engine.manager.metrics().items())
-        )
+        lines = []
+        for name, value in app.state.engine.manager.metrics().items():
+            kind = "gauge" if name in GAUGES else "counter"
+            lines += [f"# TYPE eso_{name} {kind}", f"eso_{name} {value}"]
+        return PlainTextResponse("\n".join([*lines, ""]))
 
     return app
 

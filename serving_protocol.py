@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .batching_processor import EsoGenerationOutput
+from .batching_processor import EsoRequestOutput
 
 MAX_CHOICES = 128
 """Choices of a prompt, and prompts of a body, that may be asked for at once."""
@@ -120,11 +120,8 @@ class CompletionRequest(Settings):
     def prompts(self, tokenizer: PreTrainedTokenizerBase, mask_token_id: int) -> list[list[int]]:
         """The token ids of each prompt."""
         given: Any = self.prompt
-        many = given if isinstance(given, list) and not (given and isinstance(given[0], int)) else [given]
-        if isinstance(given, list) and not given:
-            many = [[]]
-        if len(many) > MAX_CHOICES:
-            raise ValueError(f"`prompt` must hold at most {MAX_CHOICES} prompts, got {len(many)}.")
+        is_one = isinstance(given, str) or not given or isinstance(given[0], int)
+        many = [given] if is_one else given
         prompts = [tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in many]
         if self.suffix is None:
             return prompts
@@ -249,7 +246,7 @@ class Choice:
     told: str = ""
     is_stopped: bool = False
 
-    def text(self, output: EsoGenerationOutput) -> str:
+    def text(self, output: EsoRequestOutput) -> str:
         """What can be told by now, and will not change."""
         text = decode(self.tokenizer, output.generated_tokens)
         ends = [place for place in map(text.find, self.stops) if place >= 0]
@@ -266,7 +263,7 @@ class Choice:
         )
         return self.before + text[: len(text) - held]
 
-    def news(self, output: EsoGenerationOutput) -> str:
+    def news(self, output: EsoRequestOutput) -> str:
         """What there is to tell since the last time."""
         text = self.text(output)
         if not text.startswith(self.told):
@@ -274,12 +271,12 @@ class Choice:
         new, self.told = text[len(self.told) :], text
         return new
 
-    def finish_reason(self, output: EsoGenerationOutput) -> str | None:
+    def finish_reason(self, output: EsoRequestOutput) -> str | None:
         """ "stop" or "length"."""
         return "stop" if self.is_stopped else output.finish_reason
 
 
-def usage(outputs: list[EsoGenerationOutput], num_prompts: int) -> dict[str, int]:
+def usage(outputs: list[EsoRequestOutput], num_prompts: int) -> dict[str, int]:
     """Tokens that were given, those of each prompt once, and tokens that were drawn."""
     given = sum(output.num_given for output in outputs[:: len(outputs) // num_prompts])
     drawn = sum(sum(step > 0 for step in output.unmasking_steps) for output in outputs)

@@ -1,5 +1,8 @@
 """A server of a tiny model, in this process, and how to talk to it."""
 
+import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -60,7 +63,7 @@ class TinyServer:
 
     def metrics(self) -> dict[str, int]:
         """What the server says of itself."""
-        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        lines = [line for line in httpx.get(f"{self.url}/metrics").text.splitlines() if not line.startswith("#")]
         return {name.removeprefix("eso_"): int(value) for name, value in (line.split() for line in lines)}
 
     def wait_until(self, **expected: int) -> None:
@@ -80,7 +83,33 @@ class TinyServer:
         return output[0].tolist()
 
 
-def wait_for(url: str, process=None) -> None:
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def served(folder: Path | str, *command: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """The URL of a server in a process of its own, and the process.
+
+    Args:
+        folder: Of the model.
+        command: What starts it, for Python.
+    """
+    port = free_port()
+    arguments = [sys.executable, *command, str(folder), "--continuous-batching", "--port", str(port)]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}", process)
+        yield f"http://127.0.0.1:{port}", process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for(url: str, process: subprocess.Popen | None = None) -> None:
     """Until a server answers."""
     for _ in range(600):
         assert process is None or process.poll() is None, "the server has ended"
@@ -90,8 +119,3 @@ def wait_for(url: str, process=None) -> None:
         except httpx.TransportError:
             time.sleep(0.1)
     raise AssertionError("the server does not answer")
-
-
-def repository() -> Path:
-    """The root of the project."""
-    return Path(__file__).parents[1]

@@ -9,6 +9,7 @@ import measuring
 import pytest
 import quantization
 import scoring_cost
+import serving
 import speed
 import step_split
 import training_cost
@@ -146,6 +147,26 @@ def test_quantised_models_at_toy_size(tmp_path):
     assert [row["bits"] for row in results["loss"]] == [16, 8, 4]
     assert results["loss"][0]["more"] == 0 < abs(results["loss"][1]["more"]) < abs(results["loss"][2]["more"])
     assert (tmp_path / "quantization.md").read_text().count("\n") == 7
+
+
+@pytest.mark.slow
+def test_serving_at_toy_size(tmp_path):
+    sizes = "--hidden-size 32 --num-layers 2 --num-heads 2 --vocab-size 64 --longest 24 --repeats 2 --warm-up 1"
+    arguments = f"--output {tmp_path} --at-a-time 1 3 --turns 1 --least-requests 2 {sizes}".split()
+    serving.main(serving.parse_args(arguments))
+    results = json.loads((tmp_path / "serving.json").read_text())
+    systems = ["continuous", "static", "static, own lengths"]
+    expected = [("Llama, continuous", 1), *((system, tokens) for tokens in (1, 4) for system in systems)]
+    assert [(row["system"], row["tokens_a_forward"]) for row in results["serving"]] == expected * 2
+    assert [row["requests"] for row in results["serving"]] == [2] * 7 + [3] * 7
+    for row in results["serving"]:
+        assert row["tokens_a_second"] > 0
+        assert row["p50"] <= row["p95"]
+    slots = {row["layout"]: row["slots"] for row in results["layouts"]}
+    assert slots["one piece"] <= slots["pages of 16"] < slots["one piece"] + 3 * 16
+    assert slots["pages of 256"] == 3 * 256
+    assert slots["rows"] >= slots["one piece"]
+    assert (tmp_path / "serving.md").read_text().count("\n") == 24
 
 
 @pytest.mark.slow

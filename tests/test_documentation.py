@@ -4,11 +4,12 @@ import re
 import runpy
 import sys
 import tomllib
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
 import pytest
+from serving_helpers import served
 
 import eso_lm
 
@@ -25,6 +26,7 @@ WITH_SNIPPETS = [
     "docs/adaptation.md",
     "docs/generation.md",
     "docs/lossless-decoding.md",
+    "docs/serving.md",
     "docs/likelihood.md",
     "docs/performance.md",
     "docs/authors-code.md",
@@ -96,8 +98,13 @@ def test_quickstart_learns_and_samples_in_six_ways(trained, home):
 def test_snippets_run_in_the_order_of_their_page(page, trained, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     namespace = {}
-    for number, snippet in enumerate(snippets(page), start=1):
-        exec(compile(snippet, f"{page}, snippet {number}", "exec"), namespace)
+    with ExitStack() as stack:
+        url = ""
+        if page == "docs/serving.md":
+            url, _ = stack.enter_context(served("outputs/quickstart", "-m", "eso_lm.serve"))
+        for number, snippet in enumerate(snippets(page), start=1):
+            snippet = snippet.replace("http://127.0.0.1:8000", url)
+            exec(compile(snippet, f"{page}, snippet {number}", "exec"), namespace)
     printed = capsys.readouterr().out
     if page == "README.md":
         assert (home / "outputs" / "mine" / "model.safetensors").exists()

@@ -3,17 +3,15 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
-from serving_helpers import wait_for
+from serving_helpers import free_port, served, wait_for
 from tiny_models import save_with_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -27,26 +25,6 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("model")
     save_with_tokenizer(path, max_position_embeddings=2048)
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@contextmanager
-def served(folder: Path, *command: str):
-    """The URL of a server in a process of its own, and the process."""
-    port = free_port()
-    arguments = [sys.executable, *command, str(folder), "--continuous-batching", "--port", str(port)]
-    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        wait_for(f"http://127.0.0.1:{port}", process)
-        yield f"http://127.0.0.1:{port}", process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def ask_until_told_to_stop(url: str, process: subprocess.Popen) -> list[httpx.Response]:

@@ -18,6 +18,8 @@ import eso_lm
 from eso_lm import (
     DataCollatorForDraftHead,
     DataCollatorForHybridMaskedDiffusion,
+    EsoBatchingManager,
+    EsoBatchingMixin,
     EsoConfig,
     EsoForMaskedDiffusion,
     EsoGenerateOutput,
@@ -27,6 +29,7 @@ from eso_lm import (
     EsoLikelihoodOutput,
     EsoModel,
     EsoNelboOutput,
+    EsoRequestOutput,
     ExponentialMovingAverageCallback,
     HeldOutEvaluationCallback,
 )
@@ -77,6 +80,20 @@ def run_backbone(config: EsoConfig, input_ids: torch.Tensor) -> Any:
     assert_type(backbone.config, EsoConfig)
     assert_type(EsoModel.from_pretrained("folder"), EsoModel)
     return backbone(input_ids).last_hidden_state
+
+
+def generate_many(model: EsoForMaskedDiffusion) -> EsoBatchingManager:
+    mixin: EsoBatchingMixin = model
+    results = mixin.generate_batch([[1, 2], []], max_new_tokens=8, alpha_0=0.5, seed=0, num_return_sequences=2)
+    assert_type(results, dict[str, EsoRequestOutput])
+    assert_type(results["req_0"].sequence, list[int])
+    assert_type(results["req_0"].finish_reason, str | None)
+    manager = model.init_continuous_batching(EsoGenerationConfig(alpha_0=1.0))
+    manager.start()
+    assert_type(manager.add_request([1, 2], "name", max_new_tokens=4, streaming=True, seed=1), str | None)
+    with manager.pause():
+        assert_type(manager.metrics(), dict[str, int])
+    return manager
 
 
 def generate(model: EsoForMaskedDiffusion, prompts: torch.Tensor) -> torch.Tensor:
