@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching.utils import WorkloadHints
+from transformers.utils.logging import tqdm
 
 from .batching_manager import EsoBatchingManager, names_of_samples, num_samples
 from .batching_processor import EsoRequestOutput

@@ -7,6 +7,7 @@ import torch
 from .batching_memory import Lease
 from .generation_cache import PreallocatedCache, SlotPlaces
 from .generation_decoding import Feed, Outputs, narrow_mask
+from .modeling_attention import widen_mask
 from .modeling_interface import EsoLM
 from .modeling_packing import TextsInPieces
 
@@ -47,7 +48,9 @@ class SharedForward:
             places.append(lease.places(stop - count, stop))
             pieces.append(lease.slices(0, stop))
             mask = narrow_mask(feed)
-            masks.append(torch.ones(1, 1, count, count, dtype=torch.bool).tril() if mask is None else mask)
+            if mask is None:
+                mask = torch.ones(1, 1, count, count, dtype=torch.bool).tril()
+            masks.append(widen_mask(mask, stop))  # once for all layers
         device = self.model.device
         input_ids, position_ids, cache_index = torch.stack(
             [

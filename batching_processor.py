@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,9 +60,9 @@ class InOrder(Scheduler):
     def __init__(self, memory: SlotMemory, max_requests: int):
         self.max_requests_per_batch = max_requests
         # Not transformers' own: the rest of its arguments are about pages and their offloading.
-        bookkeeping = SimpleNamespace(free_blocks=memory.free_blocks, num_full_attention_groups=1)
+        bookkeeping: Any = SimpleNamespace(free_blocks=memory.free_blocks, num_full_attention_groups=1)
         bookkeeping.max_blocks_per_request = bookkeeping.block_size = 0
-        super().__init__(bookkeeping, safety_margin=0.0, max_requests_per_batch=max_requests)  # type: ignore[arg-type]
+        super().__init__(bookkeeping, safety_margin=0.0, max_requests_per_batch=max_requests)
 
     def schedule_batch(self, *args: Any) -> Any:
         """Is not asked: all who take part have a part in every forward."""
@@ -107,7 +107,7 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         self.scheduler: InOrder = InOrder(memory, max_requests)
         # What transformers' loop looks at: forwards are waited for.
         self.use_async_batching = False
-        self.inputs_and_outputs = SimpleNamespace(compute_stream=None)  # type: ignore[assignment]
+        self.inputs_and_outputs = cast(Any, SimpleNamespace(compute_stream=None))
         # Requests that take part in the next forward, what they feed, and whether that is a part of their prompt.
         self.fed: list[tuple[RequestState, Feed, bool]] = []
         self.counts: Counter[str] = Counter()

@@ -102,7 +102,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = TextFeed(kwargs["streamer"])
         with no_advice_on_padding():
-            return super().generate(prompts, generation_config, *args, **kwargs)  # type: ignore[return-value]  # ours
+            return cast(EsoGenerateOutput, super().generate(prompts, generation_config, *args, **kwargs))
 
     def begin_generation(self, *args: Any, **kwargs: Any) -> GenerationSession:
         """What `generate` does before its first forward, with the same arguments; the forwards are the caller's.
@@ -112,7 +112,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
         Raises:
             ValueError: as `generate`.
         """
-        return self.generate(*args, begins_only=True, **kwargs)  # type: ignore[return-value]  # asked for here
+        return cast(GenerationSession, self.generate(*args, begins_only=True, **kwargs))
 
     def _sample(  # type: ignore[override]  # what `generate` hands over is ours already
         self,
@@ -205,7 +205,7 @@ class EsoGenerationMixin(FittedGenerationMixin):
             # What no row has to fill in, at the left, is the prompt.
             input_ids_seq_length=int((canvas.is_open.any(dim=0).long().cumsum(dim=0) == 0).sum()),
             logits_processor=LogitsProcessorList(logits_processor or []),
-            device=self.device,  # type: ignore[arg-type]  # any device will do
+            device=cast(Any, self.device),  # any device will do
             model_kwargs={},
         )
         return prepared, alpha_0, self._make_sampler(prepared, processors, None)

@@ -6,7 +6,7 @@ Masks come from a rule, for whichever attention a model is configured with.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from transformers.utils.generic import is_flash_attention_requested
 
 from .generation_order import clean_masked_padding, text_positions
-from .modeling_packing import Packing
+from .modeling_packing import Packing, Pieces
 from .validation import require_exactly_one
 
 MAX_DECODED_SLOTS = 64
@@ -39,9 +39,6 @@ MIN_SCORES_BY_PRODUCTS = 2**12
 MAX_BYTES_COPIED = 2**24
 """Size of keys beyond which rows are multiplied one by one, where a product copies what is a part of a cache: fresh
 pages for a larger copy take longer than all else."""
-
-Pieces = torch.Tensor | list[torch.Tensor]
-"""Keys or values, (batch, heads, keys, width), of which some may be in one tensor and some in another."""
 
 GROUPED_SDPA = "eso_grouped_sdpa"
 """The name of `grouped_sdpa_attention_forward` among transformers' attention implementations."""
@@ -226,6 +223,9 @@ def attend_few_queries(
     Returns:
         (batch, heads, queries, width).
     """
+    if isinstance(key, list) and len(key) == 1 and key[0].dtype != torch.bfloat16:
+        # One of many texts: sdpa takes fewer operations, which then count. (In bfloat16 it is slow for many keys.)
+        return _sdpa_of_groups(query, key[0], value[0], widen_mask(attention_mask, key[0].shape[2]), scale=scaling)
     num_keys = key.shape[2] if isinstance(key, torch.Tensor) else sum(piece.shape[2] for piece in key)
     if goes_by_products(query.shape, num_keys):
         return _attend_by_products(query, key, value, attention_mask, scaling)[0]
@@ -343,7 +343,8 @@ def grouped_sdpa_attention_forward(
     """
     if packed_rows is not None:
         kwargs |= {"dropout": dropout, "scaling": scaling}
-        return packed_rows.attend(grouped_sdpa_attention_forward, module, query, key, value, attention_mask, **kwargs)
+        mask = cast(torch.Tensor, attention_mask)  # packed rows never come without
+        return packed_rows.attend(grouped_sdpa_attention_forward, module, query, key, value, mask, **kwargs)
     has_bias = kwargs.get("position_bias") is not None
     if has_bias or attention_mask is None or attention_mask.shape[1] != 1:
         return sdpa_attention_forward(

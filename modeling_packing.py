@@ -4,22 +4,33 @@ The slots of all rows stand one behind the other, as a single row, so that norms
 compute the real ones alone. Only attention tells the rows apart.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
+
+Pieces = torch.Tensor | list[torch.Tensor]
+"""Keys or values, (batch, heads, keys, width), of which some may be in one tensor and some in another."""
 
 MAX_PADDED_WORK = 3
 """How many times the products of queries and keys may grow by padding before each packed row attends by itself."""
 
 
-class Packing(Protocol):
-    """How the slots of a forward are shared out among its rows."""
+class Packing(ABC):
+    """How the slots of a forward are shared out among its rows, which each attend by themselves."""
 
     num_slots: list[int]
+    """Of each row; they stand one behind the other."""
+
+    @abstractmethod
+    def of_row(
+        self, row: int, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[Pieces, Pieces, torch.Tensor]:
+        """Its keys, its values and its mask, of what `attend` got."""
 
     def attend(
         self,
@@ -28,7 +39,7 @@ class Packing(Protocol):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        attention_mask: torch.Tensor,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """Attention of each row's slots to its own keys.
@@ -43,6 +54,13 @@ class Packing(Protocol):
         Returns:
             (1, slots of all rows, heads, width), None.
         """
+        outputs, start = [], 0
+        for row, count in enumerate(self.num_slots):
+            if count > 0:
+                own = self.of_row(row, key, value, attention_mask)
+                outputs.append(attend(module, query[:, :, start : start + count], *own, **kwargs)[0])
+            start += count
+        return torch.cat(outputs, dim=1), None
 
 
 @dataclass
@@ -52,7 +70,7 @@ class PackedRows(Packing):
     The mask is (rows, 1, most slots of a row, keys): which of the keys a slot sees.
 
     Args:
-        num_slots: Slots of each row; they stand one behind the other.
+        num_slots: Slots of each row.
         num_keys: Keys of each row, cached and fed, those of its slots last.
         rows, slots: Of each packed slot, its row, and which of the slots of that row it is.
     """
@@ -75,19 +93,19 @@ class PackedRows(Packing):
         padded[self.rows, self.slots] = states[0].transpose(0, 1)
         return padded.transpose(1, 2)
 
-    def attend(self, attend, module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
-        if not self.attend_apart:
-            output, _ = attend(module, self.pad(query), key, value, attention_mask, **kwargs)
-            return output[self.rows, self.slots][None], None
-        outputs, start = [], 0
-        for row, (count, keys) in enumerate(zip(self.num_slots, self.num_keys, strict=True)):
-            own, slots = slice(row, row + 1), slice(start, start + count)
-            if count > 0:
-                states = (query[:, :, slots], key[own, :, :keys], value[own, :, :keys])
-                output, _ = attend(module, *states, attention_mask[own, :, :count, :keys], **kwargs)
-                outputs.append(output)
-            start += count
-        return torch.cat(outputs, dim=1), None
+    def of_row(
+        self, row: int, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[Pieces, Pieces, torch.Tensor]:
+        own, count, keys = slice(row, row + 1), self.num_slots[row], self.num_keys[row]
+        return key[own, :, :keys], value[own, :, :keys], attention_mask[own, :, :count, :keys]
+
+    def attend(
+        self, attend: Callable, module: nn.Module, query: torch.Tensor, *states: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        if self.attend_apart:
+            return super().attend(attend, module, query, *states, **kwargs)
+        output, _ = attend(module, self.pad(query), *states, **kwargs)
+        return output[self.rows, self.slots][None], None
 
 
 @dataclass
@@ -95,20 +113,17 @@ class TextsInPieces(Packing):
     """Texts whose keys and values lie in pieces of the one row of a cache, (1, heads, keys, width).
 
     Args:
-        num_slots: Slots of each text, not 0; they stand one behind the other.
+        num_slots: Slots of each text.
         pieces: Of each text, where its keys are, those of its slots last.
-        masks: Of each text, (1, 1, slots, slots), which of its own slots each one sees; all see those before.
+        masks: Of each text, (1, 1, slots, keys), or of the last keys alone: which of them a slot sees.
     """
 
     num_slots: list[int]
     pieces: list[list[slice]]
     masks: list[torch.Tensor]
 
-    def attend(self, attend, module, query, key, value, attention_mask, **kwargs):  # type: ignore[no-untyped-def]
-        outputs, start = [], 0
-        for count, pieces, mask in zip(self.num_slots, self.pieces, self.masks, strict=True):
-            keys, values = ([states[:, :, piece] for piece in pieces] for states in (key, value))
-            output, _ = attend(module, query[:, :, start : start + count], keys, values, mask, **kwargs)
-            outputs.append(output)
-            start += count
-        return torch.cat(outputs, dim=1), None
+    def of_row(
+        self, row: int, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor
+    ) -> tuple[Pieces, Pieces, torch.Tensor]:
+        pieces = self.pieces[row]
+        return [key[:, :, piece] for piece in pieces], [value[:, :, piece] for piece in pieces], self.masks[row]

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig
@@ -56,10 +57,11 @@ def build(arguments: Deployment) -> serve.Application:
     class EsoReplica:
         """A replica of the server."""
 
+        app: FastAPI  # what Ray makes of this class has it
+
         def check_health(self) -> None:
             """Has Ray replace a replica whose forwards have failed."""
-            engine = self.app.state.engine  # type: ignore[attr-defined]  # of what Ray makes of this class
-            if not engine.is_alive:
+            if not self.app.state.engine.is_alive:
                 raise RuntimeError("The forwards of continuous batching have failed.")
 
     def application() -> Any:
