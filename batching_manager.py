@@ -365,9 +365,11 @@ def _num_slots(
 ) -> int:
     """Slots of the cache: as many as are asked for, or as the requests need, as far as there is memory."""
     if config.num_blocks is not None:
-        if config.num_blocks * config.page_size < 1:
-            raise ValueError(f"`num_blocks` times `page_size` must be at least 1, got {config.num_blocks}.")
-        return config.num_blocks * config.page_size
+        # Before transformers 5.18 a page was called a block.
+        page_size = getattr(config, "page_size", None) or config.block_size
+        if config.num_blocks * page_size < 1:
+            raise ValueError(f"`num_blocks` must be at least 1, got {config.num_blocks}.")
+        return config.num_blocks * page_size
     longest = length_of_model(model)
     if hints is not None and hints.num_requests > 0:
         longest = hints.max_prompt_length + hints.max_generated_length

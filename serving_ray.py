@@ -32,7 +32,7 @@ class Deployment(BaseModel):
         dtype, device, attn_implementation: How it is loaded.
         min_replicas, max_replicas: Between which Ray chooses by how many requests there are.
         max_requests: That take part in the forwards of a replica.
-        num_blocks, page_size: The slots of its cache, as for `EsoBatchingManager`. None: by the memory there is.
+        num_blocks: Of its cache, 256 slots each. None: as many as `max_requests` texts need, as far as there is memory.
         num_cpus, num_gpus: Of a replica.
     """
 
@@ -46,7 +46,6 @@ class Deployment(BaseModel):
     max_replicas: int = Field(1, ge=1)
     max_requests: int = Field(DEFAULT_MAX_REQUESTS, ge=1)
     num_blocks: int | None = Field(None, ge=1)
-    page_size: int = Field(256, ge=4)
     num_cpus: float = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
 
@@ -96,7 +95,6 @@ def make_engine(arguments: Deployment) -> Engine:
     model, tokenizer = load(**settings)
     config = ContinuousBatchingConfig(
         num_blocks=arguments.num_blocks,
-        page_size=arguments.page_size,
         max_requests_per_batch=arguments.max_requests,
     )
     manager = model.init_continuous_batching(continuous_batching_config=config)
