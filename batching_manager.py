@@ -366,7 +366,7 @@ def _num_slots(
     """Slots of the cache: as many as are asked for, or as the requests need, as far as there is memory."""
     if config.num_blocks is not None:
         # Before transformers 5.18 a page was called a block.
-        page_size = getattr(config, "page_size", None) or config.block_size
+        page_size: Any = getattr(config, "page_size", None) or config.block_size
         if config.num_blocks * page_size < 1:
             raise ValueError(f"`num_blocks` must be at least 1, got {config.num_blocks}.")
         return config.num_blocks * page_size

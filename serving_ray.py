@@ -32,7 +32,7 @@ class Deployment(BaseModel):
         dtype, device, attn_implementation: How it is loaded.
         min_replicas, max_replicas: Between which Ray chooses by how many requests there are.
         max_requests: That take part in the forwards of a replica.
-        num_blocks: Of its cache, 256 slots each. None: as many as `max_requests` texts need, as far as there is memory.
+        num_blocks: Of its cache, 256 slots each. None: as many as `max_requests` texts need, or memory has room for.
         num_cpus, num_gpus: Of a replica.
     """
 
