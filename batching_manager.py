@@ -94,7 +94,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
         self._use_prefix_sharing = False  # which would have `add_requests` sort them; they wait in order
         self._next_seed = config.seed
         self._names: set[str] = set()  # of requests under way
-        self._processor: EsoBatchProcessor | None = None  # also after `stop`
+        self._processor: EsoBatchProcessor | None = None  # for as long as the thread needs it
         self._while_running = ExitStack()
 
     @property
@@ -279,6 +279,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
         if self.background_thread_status.local_status == BackgroundThreadStatus.STOPPED:
             # The thread has ended meanwhile, and would leave them without an answer.
             self._fail_all_remaining_requests(RuntimeError("The manager has stopped."), self._processor)
+            self._names.difference_update(sessions)
         return added[0]
 
     def forget_result_handler(self, request_id: str) -> None:
@@ -301,7 +302,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
                 self._while_running.enter_context(self.model.ready_to_decode())
 
     def metrics(self) -> dict[str, int]:
-        """What there is to watch, since the start of the thread.
+        """What there is to watch, since the start of the thread, until it is stopped.
 
         `active` and `waiting` requests; `slots_in_use`, `slots_kept` (of prompts that nobody uses at the moment) and
         `slots` of the cache, and its `cache_bytes`; and, counted: requests that have `finished`, `failed` or been
@@ -312,9 +313,10 @@ class EsoBatchingManager(ContinuousBatchingManager):
         counted = ("finished", "failed", "cancelled", "forwards", "fed_slots", "generated_tokens", "waiting_ms")
         found = dict.fromkeys(("active", "waiting", "slots_in_use", "slots_kept", "cache_bytes"), 0)
         found |= {"slots": self.num_slots} | dict.fromkeys((*counted, "decoding_ms", "shared_prompt_tokens"), 0)
-        if self._processor is None:
+        processor = self._processor
+        if processor is None:
             return found
-        processor, memory = self._processor, self._processor.memory
+        memory = processor.memory
         return found | {
             "active": len(processor.scheduler.active_requests),
             "waiting": len(processor.scheduler.waiting_requests) + self.input_queue.qsize(),
@@ -332,9 +334,17 @@ class EsoBatchingManager(ContinuousBatchingManager):
         if self.model.device.type == "cpu":
             let_worker_threads_go()
 
+    def stop(self, *args: Any, **kwargs: Any) -> None:
+        """Stops the thread, as in transformers; the memory of the cache is given back, unless it is to be kept."""
+        super().stop(*args, **kwargs)
+        if not self.is_running():
+            self._processor = self.batch_processor
+
     def _run_generation_loop(self) -> None:
         with self._while_running:
             super()._run_generation_loop()
+        if self.batch_processor is None:  # `stop` has not waited
+            self._processor = None
 
     def _create_batch_processor(self) -> EsoBatchProcessor:
         self._while_running.enter_context(self.model.ready_to_decode())

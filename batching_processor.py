@@ -134,10 +134,11 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
 
     def prepare_next_batch(self) -> bool:
         """Lets go of cancelled requests, lets others join, and asks all what they feed; whether there is anything."""
-        for state in drain_queue(self.incoming):
-            self.scheduler.add_waiting_request(state)
         if self._update_tp_group_state():
             return False
+        # After the cancellations: whoever is cancelled has been added before.
+        for state in drain_queue(self.incoming):
+            self.scheduler.add_waiting_request(state)
         for state in self.scheduler.clear_cancelled_requests():
             self._fail(state, RuntimeError("The request was cancelled."), "cancelled")
         self._admit()
@@ -159,9 +160,11 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         while scheduler.waiting_requests_order:
             state = scheduler.waiting_requests[scheduler.waiting_requests_order[0]]
             session = session_of(state)
-            if session.is_finished():
+            if session.is_finished():  # there is nothing to write
                 self._leave_queue(state)
-                self._finish(state)
+                with self._failing_alone(state):
+                    session.start()
+                    self._finish(state)
                 continue
             if len(scheduler.active_requests) >= scheduler.max_requests_per_batch:
                 return
@@ -278,6 +281,7 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         try:
             self.output_router.deliver(output)
         except RuntimeError:  # the event loop of who waits for it is closed
+            self.output_router.result_handlers.pop(output.request_id, None)
             self.scheduler.set_request_cancellation(output.request_id)
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable
+from itertools import accumulate
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -207,20 +208,17 @@ class Answers:
 
     def _log_probs(self, output: EsoRequestOutput) -> dict[str, Any] | None:
         """Of each token that is told, in nats, under the model's own distribution; 0 where it was given."""
-        tokenizer = self.engine.tokenizer
-        texts = [str(tokenizer.decode([token])) for token in output.generated_tokens]
+        if self.body.logprobs is None or self.body.logprobs is False:
+            return None
+        texts = [str(self.engine.tokenizer.decode([token])) for token in output.generated_tokens]
         if isinstance(self.body, ChatRequest):
-            if not self.body.logprobs:
-                return None
             rows = zip(texts, output.logprobs, strict=True)
             content = [
                 {"token": text, "logprob": value, "bytes": [*text.encode()], "top_logprobs": []}
                 for text, value in rows
             ]
             return {"content": content}
-        if self.body.logprobs is None:
-            return None
-        offsets = [sum(map(len, texts[:place])) for place in range(len(texts))]
+        offsets = list(accumulate(map(len, texts), initial=0))[: len(texts)]
         return {"tokens": texts, "token_logprobs": output.logprobs, "top_logprobs": None, "text_offset": offsets}
 
     async def events(self) -> AsyncIterator[str]:

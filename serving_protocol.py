@@ -244,6 +244,7 @@ class Choice:
     stops: list[str]
     before: str = ""
     told: str = ""
+    num_known: int = 0
     is_stopped: bool = False
 
     def text(self, output: EsoRequestOutput) -> str:
@@ -265,7 +266,10 @@ class Choice:
 
     def news(self, output: EsoRequestOutput) -> str:
         """What there is to tell since the last time."""
-        text = self.text(output)
+        num_known = len(output.generated_tokens)
+        if num_known == self.num_known and not output.is_finished():
+            return ""
+        self.num_known, text = num_known, self.text(output)
         if not text.startswith(self.told):
             return ""  # a tokenizer that writes a token otherwise, now that another follows it
         new, self.told = text[len(self.told) :], text
