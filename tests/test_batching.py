@@ -229,28 +229,31 @@ def test_what_never_fits_is_refused_and_what_does_not_fit_now_waits_in_order(mod
 
 
 def test_prompts_that_begin_alike_are_computed_and_kept_once(model):
-    beginning = [i % MASK for i in range(50)]
+    beginning, settings = [i % MASK for i in range(50)], {"max_new_tokens": 10, "num_diffusion_steps": "max"}
+    to_write = 10 + 9  # slots: a mask for each token, and each token but the last
     with model.continuous_batching_context_manager(continuous_batching_config=roomy()) as manager:
         # All at once: the others wait for the first one to have read what they have in common.
         for index in range(4):
-            manager.add_request([*beginning, index, 5], f"{index}", max_new_tokens=10, seed=index)
+            manager.add_request([*beginning, index, 5], f"{index}", seed=index, **settings)
         peak = 0
         while manager.metrics()["finished"] < 4:
             peak = max(peak, manager.metrics()["slots_in_use"])
             time.sleep(0.001)
         results = results_of(manager, 4)
         assert manager.metrics()["shared_prompt_tokens"] == 3 * 50
+        assert manager.metrics()["fed_slots"] == 52 + 3 * 2 + 4 * to_write
         assert peak <= 62 + 3 * 12
         # And later too; nobody uses them now.
         assert manager.metrics()["slots_in_use"] == 0
         assert manager.metrics()["slots_kept"] >= 52
-        manager.add_request(beginning, "all of it", max_new_tokens=10, seed=9)
+        manager.add_request(beginning, "all of it", seed=9, **settings)
         results |= results_of(manager, 1)
         assert manager.metrics()["shared_prompt_tokens"] == 4 * 50
+        assert manager.metrics()["fed_slots"] == 52 + 3 * 2 + 5 * to_write
     for index in range(4):
-        expected = alone(model, [*beginning, index, 5], index, max_new_tokens=10)
+        expected = alone(model, [*beginning, index, 5], index, **settings)
         assert results[f"{index}"].sequence == expected.sequences[0].tolist()
-    assert results["all of it"].sequence == alone(model, beginning, 9, max_new_tokens=10).sequences[0].tolist()
+    assert results["all of it"].sequence == alone(model, beginning, 9, **settings).sequences[0].tolist()
 
 
 def test_a_long_prompt_does_not_keep_the_others_waiting(model):
@@ -264,10 +267,18 @@ def test_a_long_prompt_does_not_keep_the_others_waiting(model):
         # One more slot for the mask of each new token, and one for each new token but the last.
         assert manager.metrics()["fed_slots"] == 2 + 30 + 29 + 60 + 5 + 4
         assert manager.metrics()["forwards"] <= 30 + 11  # the parts of the long prompt ride along
-    assert (
-        results["long"].sequence
-        == alone(model, [3] * 60, 0, max_new_tokens=5, num_diffusion_steps="max").sequences[0].tolist()
-    )
+    expected = alone(model, [3] * 60, 0, max_new_tokens=5, num_diffusion_steps="max")
+    assert results["long"].sequence == expected.sequences[0].tolist()
+
+
+def test_prompts_together_are_no_longer_than_one_may_be(model):
+    config = roomy(max_batch_tokens=10, allow_block_sharing=False)
+    with model.continuous_batching_context_manager(continuous_batching_config=config) as manager:
+        for index in range(3):
+            manager.add_request([index] * 40, f"{index}", max_new_tokens=1, seed=0)
+        results_of(manager, 3)
+        # Twelve parts of ten tokens; where they all have come before the first forward, or just after it.
+        assert 12 <= manager.metrics()["forwards"] <= 13
 
 
 def test_stopping_finishes_what_is_there_or_fails_it_with_an_answer(model):

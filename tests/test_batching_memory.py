@@ -147,3 +147,25 @@ def test_prompts_are_not_shared_where_that_is_switched_off():
     memory.take("a", 60, key_of([1] * 50))
     memory.keep_prompt("a")
     assert memory.take("b", 60, key_of([1] * 50)).num_shared == 0
+
+
+def test_the_prompt_that_has_been_of_no_use_for_longest_makes_room():
+    memory = SlotMemory(100)
+    for name, token in (("a", 1), ("b", 2)):
+        memory.take(name, 30, key_of([token] * 30))
+        memory.keep_prompt(name)
+        memory.free_blocks(name)
+    assert memory.take("again", 40, key_of([1] * 30)).num_shared == 30
+    memory.free_blocks("again")
+    memory.take("large", 60, key_of([3] * 20))
+    assert memory.num_shareable(key_of([1] * 30)) == 30
+    assert memory.num_shareable(key_of([2] * 30)) == 0
+
+
+def test_a_new_prompt_is_compared_with_the_last_of_those_that_begin_as_it_does(monkeypatch):
+    monkeypatch.setattr("eso_lm.batching_memory.MAX_COMPARED", 2)
+    memory = SlotMemory(1000)
+    for length in (60, 40, 50):
+        memory.take(f"{length}", length + 20, key_of([1] * length + [2] * 20))
+        memory.keep_prompt(f"{length}")
+    assert memory.num_shareable(key_of([1] * 90)) == 50
