@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from .batching import EsoBatchingMixin
 from .batching_manager import EsoBatchingManager
-from .batching_processor import EsoRequestOutput
+from .batching_results import EsoRequestOutput
 from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
 from .generation import EsoGenerationMixin

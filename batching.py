@@ -9,7 +9,7 @@ from transformers.generation.continuous_batching.utils import WorkloadHints
 from transformers.utils.logging import tqdm
 
 from .batching_manager import EsoBatchingManager, names_of_samples, num_samples
-from .batching_processor import EsoRequestOutput
+from .batching_results import EsoRequestOutput
 from .generation import EsoGenerationMixin
 from .generation_configuration import as_eso_generation_config, require_generation_config
 
@@ -72,6 +72,8 @@ class EsoBatchingMixin(EsoGenerationMixin):
             ValueError: for prompts and settings that `generate` refuses, before anything is generated.
             RuntimeError: when the forwards themselves fail.
         """
+        if not isinstance(inputs, list):
+            raise ValueError(f"`inputs` must be a list of prompts, each a list of token ids, got {inputs!r:.80}.")
         if not inputs:
             return {}
         lengths = [len(prompt) for prompt in inputs if isinstance(prompt, list)]

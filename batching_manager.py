@@ -4,11 +4,11 @@ The thread, the queues and the routing of results are those of transformers' `Co
 """
 
 import copy
-import ctypes
-import os
+import queue
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,36 +18,32 @@ from transformers.generation.continuous_batching.continuous_api import (
     BackgroundThreadStatus,
     ContinuousBatchingManager,
 )
-from transformers.generation.continuous_batching.utils import WorkloadHints
 
-from .batching_forward import SharedForward, bytes_of_slot, require_packing
+from .batching_budget import Budget, length_of_model, let_worker_threads_go
+from .batching_forward import SharedForward, require_packing
 from .batching_memory import SlotMemory
 from .batching_processor import EsoBatchProcessor
+from .batching_results import EsoRequestOutput, ResultQueue
 from .generation import EsoGenerationMixin
-from .generation_configuration import EsoGenerationConfig, as_eso_generation_config, require_generation_config
-from .generation_pace import MAX_MASKS
+from .generation_configuration import (
+    EsoGenerationConfig,
+    as_eso_generation_config,
+    require_count,
+    require_generation_config,
+)
 from .generation_session import GenerationSession
 from .validation import is_integer, to_python
-
-DEFAULT_MAX_REQUESTS = 32
-"""Requests that take part in a forward, unless told otherwise."""
-
-DEFAULT_MAX_PROMPT_SLOTS = 512
-"""Slots of prompts that join a forward, unless told otherwise: more would keep the others waiting."""
 
 MEANINGLESS_SETTINGS = frozenset(
     {"attention_mask", "begins_only", "cache_implementation", "generator", "lockstep", "past_key_values"}
 )
 """Of `generate`, those that requests of one prompt, without padding and on a shared cache, have no use for."""
 
-OMP_PAUSE_SOFT = 1
-"""OpenMP's name for letting go of threads, and of nothing else."""
+OF_SAMPLE = "__child#"
+"""Between the name of a request and the number of one of its further samples, as in transformers."""
 
-DEFAULT_LENGTH = 1024
-"""Tokens that a text is taken to have at the most, where the model does not say."""
-
-DEFAULT_MEMORY_SHARE = {"cpu": 0.6, "mps": 0.6}
-"""Of the free memory of an accelerator, or all memory of the host, what the cache may take; 0.9 elsewhere."""
+SECONDS_BETWEEN_LOOKS = 0.1
+"""How often to see whether the thread is still there, while waiting for a result."""
 
 
 class EsoBatchingManager(ContinuousBatchingManager):
@@ -87,25 +83,35 @@ class EsoBatchingManager(ContinuousBatchingManager):
         super().__init__(cast(Any, model), GenerationConfig(), continuous_batching_config, workload_hints)
         require_packing(self.model)
         self.generation_config = generation_config
-        config = continuous_batching_config
-        self.max_requests = config.max_requests_per_batch or DEFAULT_MAX_REQUESTS
-        self.max_prompt_slots = config.max_batch_tokens or DEFAULT_MAX_PROMPT_SLOTS
-        self.num_slots = _num_slots(self.model, config, self.max_requests, workload_hints)
+        self.budget = Budget.of(self.model, continuous_batching_config, workload_hints)
+        self.output_router.output_queue = ResultQueue()
         self._use_prefix_sharing = False  # which would have `add_requests` sort them; they wait in order
-        self._next_seed = config.seed
+        self._next_seed = continuous_batching_config.seed
         self._names: set[str] = set()  # of requests under way
         self._processor: EsoBatchProcessor | None = None  # for as long as the thread needs it
         self._while_running = ExitStack()
+        self._is_up = threading.Event()  # the thread has its memory, or has failed to get it
 
     @property
     def longest_text(self) -> int:
         """Tokens of the longest text that the model, and the memory, have been made for."""
-        return min(length_of_model(self.model), self.num_slots)
+        return min(length_of_model(self.model), self.budget.num_slots)
 
     def start(self) -> None:
-        """Starts the thread that runs the forwards."""
+        """Starts the thread that runs the forwards, and waits until it has its memory.
+
+        Raises:
+            RuntimeError: when it has not got it.
+        """
+        if self.is_running():
+            super().start()  # which says so
+            return
+        self._is_up.clear()
         self._let_workers_go()
         super().start()
+        self._is_up.wait()
+        if (error := self.background_thread_status.fatal_error) is not None:
+            raise RuntimeError(f"The thread of continuous batching could not be started: {error}") from error
 
     def switch_to_cb_friendly_attn(self, *args: Any) -> None:
         """Leaves the attention of the model as it is."""
@@ -212,6 +218,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
             )
         require_generation_config(generation_config)
         generation_config = generation_config or self.generation_config
+        require_count("num_return_sequences", settings.get("num_return_sequences"))
         samples = num_samples(generation_config, settings)
         of_session = as_eso_generation_config(copy.deepcopy(generation_config))
         own = {"num_return_sequences": 1, "use_cache": True, "return_dict_in_generate": False}
@@ -223,9 +230,10 @@ class EsoBatchingManager(ContinuousBatchingManager):
         length = len(input_ids) + (of_session.max_new_tokens or 0)
         self._require_room(max(length, of_session.max_length or 0), len(input_ids))  # before anything is allocated
         prompt = torch.tensor([input_ids], dtype=torch.long, device=self.model.device) if input_ids else None
+        is_made_up = False
         with self._request_lock:
-            if request_id is None:
-                request_id = f"req_{self._request_counter}"
+            while request_id is None or (is_made_up and request_id in self._names):
+                request_id, is_made_up = f"req_{self._request_counter}", True
                 self._request_counter += 1
             if seed is None:
                 # Of a range that the samples' do not leave.
@@ -252,35 +260,79 @@ class EsoBatchingManager(ContinuousBatchingManager):
 
     def _require_room(self, needed: int, length: int) -> None:
         """Raises a ValueError for a text that can never fit."""
-        if needed > self.num_slots:
+        num_slots = self.budget.num_slots
+        if length > num_slots:
+            raise ValueError(f"`input_ids` must be at most as many as the cache has slots, {num_slots}, got {length}.")
+        if needed > num_slots:
             raise ValueError(
                 f"`max_new_tokens` (or `max_length`) behind the prompt of {length} tokens makes a text of {needed} "
-                f"slots (with the masks of lossless decoding), and the cache has {self.num_slots}: ask for less, or "
+                f"slots (with the masks of lossless decoding), and the cache has {num_slots}: ask for less, or "
                 f"give it more memory."
             )
 
     def _enqueue(
         self, input_ids: list[int], sessions: dict[str, GenerationSession], streaming: bool, record_timestamps: bool
     ) -> str | None:
+        """Adds the requests of a prompt, all of them or none; returns the name of the first one."""
         added = []
-        for name, session in sessions.items():
-            added_name = super().add_request(
-                input_ids,
-                request_id=name,
-                max_new_tokens=session.canvas.length - len(input_ids),
-                streaming=streaming,
-                record_timestamps=record_timestamps,
-                session=session,
-            )
-            if added_name is None:
-                self._names.discard(name)
-                session.__exit__(None, None, None)
-            added.append(added_name)
+        try:
+            for name, session in sessions.items():
+                added_name = super().add_request(
+                    input_ids,
+                    request_id=name,
+                    max_new_tokens=session.canvas.length - len(input_ids),
+                    streaming=streaming,
+                    record_timestamps=record_timestamps,
+                    session=session,
+                )
+                if added_name is None:
+                    break
+                added.append(name)
+        finally:
+            if len(added) < len(sessions):
+                for name in added:
+                    super().cancel_request(name)
+                for name in sessions.keys() - set(added):
+                    self._names.discard(name)
+                    sessions[name].__exit__(None, None, None)
         if self.background_thread_status.local_status == BackgroundThreadStatus.STOPPED:
             # The thread has ended meanwhile, and would leave them without an answer.
             self._fail_all_remaining_requests(RuntimeError("The manager has stopped."), self._processor)
             self._names.difference_update(sessions)
-        return added[0]
+        return added[0] if len(added) == len(sessions) else None
+
+    def cancel_request(self, request_id: str) -> None:
+        """Cancels a request, and the other samples of its prompt, at the next forward; others are not concerned."""
+        for name in list(self._names):
+            if name == request_id or name.startswith(f"{request_id}{OF_SAMPLE}"):
+                super().cancel_request(name)
+
+    def get_result(self, request_id: str | None = None, timeout: float | None = None) -> EsoRequestOutput | None:
+        """The next result, of any request or of one; results of others stay where they are.
+
+        Args:
+            request_id: Of which request. None: of any.
+            timeout: How long to wait for it, in seconds. None: for as long as the thread runs.
+
+        Returns:
+            None if there is none in time, or will be none.
+        """
+        results, ends = cast(ResultQueue, self.output_router.output_queue), time.perf_counter() + (timeout or 0)
+        while True:
+            was_running = self.is_running()
+            left = SECONDS_BETWEEN_LOOKS if timeout is None else min(SECONDS_BETWEEN_LOOKS, ends - time.perf_counter())
+            try:
+                return results.get_of(request_id, max(left, 0) if was_running else 0)
+            except queue.Empty:
+                if not was_running or (timeout is not None and time.perf_counter() >= ends):
+                    return None
+
+    def request_id_iter(self, request_id: str) -> Iterator[EsoRequestOutput]:  # type: ignore[override]  # no generator
+        """The results of a request, in order, up to the last one; while others read those of other requests."""
+        while (result := self.get_result(request_id)) is not None:
+            yield result
+            if result.is_finished():
+                return
 
     def forget_result_handler(self, request_id: str) -> None:
         """Takes back `register_result_handler`, for a request that has not been added after all."""
@@ -312,7 +364,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
         """
         counted = ("finished", "failed", "cancelled", "forwards", "fed_slots", "generated_tokens", "waiting_ms")
         found = dict.fromkeys(("active", "waiting", "slots_in_use", "slots_kept", "cache_bytes"), 0)
-        found |= {"slots": self.num_slots} | dict.fromkeys((*counted, "decoding_ms", "shared_prompt_tokens"), 0)
+        found |= {"slots": self.budget.num_slots} | dict.fromkeys((*counted, "decoding_ms", "shared_prompt_tokens"), 0)
         processor = self._processor
         if processor is None:
             return found
@@ -343,6 +395,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
     def _run_generation_loop(self) -> None:
         with self._while_running:
             super()._run_generation_loop()
+        self._is_up.set()
         if self.batch_processor is None:  # `stop` has not waited
             self._processor = None
 
@@ -350,12 +403,13 @@ class EsoBatchingManager(ContinuousBatchingManager):
         self._while_running.enter_context(self.model.ready_to_decode())
         if self.batch_processor is not None:
             self.batch_processor.reset()
+            self._is_up.set()
             return self.batch_processor
         self._processor = EsoBatchProcessor(
-            SharedForward(self.model, self.num_slots),
-            SlotMemory(self.num_slots, self.continuous_batching_config.allow_block_sharing),
-            self.max_requests,
-            self.max_prompt_slots,
+            SharedForward(self.model, self.budget.num_slots),
+            SlotMemory(self.budget.num_slots, self.continuous_batching_config.allow_block_sharing),
+            self.budget.max_requests,
+            self.budget.max_prompt_slots,
             self.input_queue,
             self.cancel_queue,
             self.output_router,
@@ -363,58 +417,12 @@ class EsoBatchingManager(ContinuousBatchingManager):
             self.distributed_helper,
             self._names,
         )
+        self._is_up.set()
         return self._processor
 
     def _generation_step(self) -> None:
         # transformers forgets the processor where `stop` does not wait for the thread, which still needs it.
         cast(EsoBatchProcessor, self._processor)._generation_step(self.model)
-
-
-def _num_slots(
-    model: EsoGenerationMixin, config: ContinuousBatchingConfig, max_requests: int, hints: WorkloadHints | None
-) -> int:
-    """Slots of the cache: as many as are asked for, or as the requests need, as far as there is memory."""
-    if config.num_blocks is not None:
-        # Before transformers 5.18 a page was called a block.
-        page_size: Any = getattr(config, "page_size", None) or config.block_size
-        if config.num_blocks * page_size < 1:
-            raise ValueError(f"`num_blocks` must be at least 1, got {config.num_blocks}.")
-        return config.num_blocks * page_size
-    longest = length_of_model(model)
-    if hints is not None and hints.num_requests > 0:
-        longest = hints.max_prompt_length + hints.max_generated_length
-        max_requests = min(hints.num_requests, max_requests)
-    wanted = max_requests * (longest + MAX_MASKS)
-    share = config.max_memory_percent or DEFAULT_MEMORY_SHARE.get(model.device.type, 0.9)
-    if model.device.type == "cuda":
-        available = torch.cuda.mem_get_info(model.device)[0]
-    elif hasattr(os, "sysconf"):
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    else:
-        return wanted
-    affordable = int(share * available / bytes_of_slot(model))
-    if affordable < 1:
-        raise ValueError(
-            f"`max_memory_percent={share}` of {available} bytes is not enough for a slot of the cache: ask for more."
-        )
-    return min(wanted, affordable)
-
-
-def length_of_model(model: EsoGenerationMixin) -> int:
-    """Tokens that its texts have at the most."""
-    return int(getattr(model.model.config, "max_position_embeddings", DEFAULT_LENGTH))
-
-
-def let_worker_threads_go() -> None:
-    """Ends the worker threads of torch's operators that wait for the calling thread, until it needs some again.
-
-    Each thread that runs operators has workers of its own. Where there are more of them than cores, GNU's OpenMP has
-    them all fall asleep after every operator, and to wake them takes longer than a small operator: a decoding step
-    of one text takes a third more.
-    """
-    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    with suppress(OSError, AttributeError):  # other systems, and other kinds of OpenMP
-        ctypes.CDLL(str(library)).omp_pause_resource_all(OMP_PAUSE_SOFT)
 
 
 def num_samples(generation_config: GenerationConfig, settings: dict[str, Any]) -> int:
@@ -424,4 +432,4 @@ def num_samples(generation_config: GenerationConfig, settings: dict[str, Any]) -
 
 def names_of_samples(request_id: str, samples: int) -> list[str]:
     """The requests of the samples of a prompt, named as transformers does."""
-    return [request_id, *(f"{request_id}__child#{index}" for index in range(samples - 1))]
+    return [request_id, *(f"{request_id}{OF_SAMPLE}{index}" for index in range(samples - 1))]

@@ -5,7 +5,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,42 +15,18 @@ from transformers.generation.continuous_batching.continuous_api import (
     ContinuousBatchProcessor,
     OutputRouter,
 )
-from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState, RequestStatus
+from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
 from transformers.generation.continuous_batching.scheduler import Scheduler
 from transformers.generation.continuous_batching.utils import drain_queue
 from transformers.utils import logging
 
 from .batching_forward import SharedForward
 from .batching_memory import MIN_SHARED, SlotMemory, num_in_common, prompt_key
+from .batching_results import EsoRequestOutput
 from .generation_decoding import Feed
 from .generation_session import GenerationSession
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class EsoRequestOutput(GenerationOutput):
-    """What has become of a request so far: transformers' [`GenerationOutput`], and what only an Eso-LM has to tell.
-
-    `generated_tokens` are those behind what was given at the beginning of the prompt: its first hole, if there is one,
-    and all that follows. While a request streams, they are those known from the left.
-
-    Args:
-        sequence: The whole text, prompt included; what is open holds the mask.
-        num_given: Tokens of it that were given.
-        num_function_evaluations: Forwards in which it had a part.
-        unmasking_steps, log_probs: Of each token of `sequence`, as in [`EsoGenerateOutput`].
-        statistics: Those of lossless decoding, as in [`EsoGenerateOutput`].
-        finish_reason: "length", or "stop": at an end of text, or where a stopping criterion said so. None: not yet.
-    """
-
-    sequence: list[int] = field(default_factory=list)
-    num_given: int = 0
-    num_function_evaluations: int = 0
-    unmasking_steps: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    statistics: dict[str, int] = field(default_factory=dict)
-    finish_reason: str | None = None
 
 
 class InOrder(Scheduler):
@@ -255,7 +230,7 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         session.__exit__(None, None, None)
         self._deliver(output_of(state))
 
-    def _fail(self, state: RequestState, error: Exception, reason: str = "failed") -> None:
+    def _fail(self, state: RequestState, error: BaseException, reason: str = "failed") -> None:
         """Ends a request with an error, and takes its memory back."""
         if state.request_id in self.scheduler.waiting_requests:
             self._leave_queue(state)
@@ -271,7 +246,7 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         """What goes wrong inside is the end of this request, and of no other."""
         try:
             yield
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             logger.warning(f"Request {state.request_id} has failed: {error!r}")
             self._fail(state, error)
 
@@ -302,7 +277,8 @@ def output_of(state: RequestState) -> EsoRequestOutput:
     end = canvas.end[0]
     sequence, steps = canvas.sequences()[0, :end].tolist(), canvas.unmasking_steps[0, :end].tolist()
     has_ended = steps[-1:] > [0] and sequence[-1] in canvas.eos_token_ids
-    is_stopped = has_ended or end < canvas.length or canvas.is_stopped[0]
+    # What is still open has run out of time.
+    is_stopped = has_ended or ((end < canvas.length or canvas.is_stopped[0]) and not canvas.stays_open[0, :end].any())
     return EsoRequestOutput(
         **vars(state.to_generation_output()),
         sequence=sequence,

@@ -136,7 +136,10 @@ class EsoGenerationConfig(GenerationConfig):
             raise ValueError(f"`unmasking_order` must be one of {UNMASKING_ORDERS}, got {self.unmasking_order!r}.")
         criteria = [name for name in ("confidence_threshold", "entropy_bound") if getattr(self, name) is not None]
         if len(criteria) > 1:
-            raise ValueError(f"{criteria} are two ways to choose the number of tokens a forward: set one of them.")
+            raise ValueError(
+                "`confidence_threshold` and `entropy_bound` are two ways to choose the number of tokens a forward: "
+                "set one of them."
+            )
         if criteria and self.num_diffusion_steps is not None:
             raise ValueError(
                 f"`num_diffusion_steps={self.num_diffusion_steps}` fixes the number of forwards that "

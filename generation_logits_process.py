@@ -94,6 +94,8 @@ class NoRepeatedNGram(SlotProcessor):
         self.completions: dict[int, dict[tuple[int, tuple[int, ...]], set[int]]] = {}
 
     def __call__(self, canvas: Canvas, rows: list[int], columns: list[int], scores: torch.Tensor) -> torch.Tensor:
+        if self.size > canvas.length:
+            return scores  # there is no such n-gram
         for row in set(rows):
             self._learn(row, canvas.text_with_gaps(row))
         scores = scores.clone()

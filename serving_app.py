@@ -17,10 +17,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
 from .batching_manager import EsoBatchingManager
-from .batching_processor import EsoRequestOutput
+from .batching_results import EsoRequestOutput
 from .serving_protocol import MAX_CHOICES, ChatRequest, Choice, CompletionRequest, decode, stopping_at, usage
 
 MAX_WAITING = 1024
@@ -31,6 +32,18 @@ DEFAULT_CHAT_TOKENS = 1024
 
 GAUGES = ("active", "waiting", "slots", "slots_in_use", "slots_kept", "cache_bytes")
 """Metrics that may fall again."""
+
+IN_WORDS = {
+    "prompt": "Input should be text, or ids of tokens, or a list of one of them",
+    "stop": "Input should be text of 1 to 256 letters, or a list of at most 16 of them",
+}
+"""What fields of several types should be."""
+
+BYTES_OF_TOKEN = 32
+"""How many bytes of a body may speak of a token that would fit into the cache."""
+
+BYTES_OF_BODY = 2**16
+"""How many bytes of a body may be about something else."""
 
 GRACE_SECONDS = 25.0
 """How long requests under way may go on after SIGTERM; then they are answered with an error."""
@@ -91,6 +104,10 @@ class Answers:
             HTTPException: when there is no room to wait, or nobody who answers.
         """
         manager, body = self.engine.manager, self.body
+        num_slots = manager.budget.num_slots
+        for name in ("max_tokens", "max_completion_tokens"):
+            if (getattr(body, name, None) or 0) > num_slots:  # before a list of so many holes is made
+                raise ValueError(f"`{name}` must be at most {num_slots}, the slots of the cache.")
         if not self.engine.is_alive:
             raise HTTPException(503, "The model is not being served any more.")
         if body.model is not None and body.model != self.engine.name:
@@ -119,7 +136,9 @@ class Answers:
         mask, requests = model.config.mask_token_id, []
         prompts = body.prompts(tokenizer, mask)
         if len(prompts) * (body.n or 1) > MAX_CHOICES:
-            raise ValueError(f"`n` times the number of prompts must be at most {MAX_CHOICES}, got {len(prompts)}.")
+            times = f"{body.n} x {len(prompts)}" if body.n else f"{len(prompts)}"
+            name = "n" if body.n else "prompt"
+            raise ValueError(f"`{name}` must make at most {MAX_CHOICES} choices of all prompts, got {times}.")
         for prompt in prompts:
             start = prompt.index(mask) if mask in prompt else len(prompt)
             new_tokens = body.max_new_tokens(start < len(prompt))
@@ -199,15 +218,15 @@ class Answers:
                 {
                     "index": index,
                     **content,
-                    "logprobs": self._log_probs(output),
+                    "logprobs": self._log_probs(output, choice.before),
                     "finish_reason": choice.finish_reason(output),
                     "num_function_evaluations": output.num_function_evaluations,
                 }
             )
         return self.head | {"choices": choices, "usage": usage(outputs, len(self.prompts))}
 
-    def _log_probs(self, output: EsoRequestOutput) -> dict[str, Any] | None:
-        """Of each token that is told, in nats, under the model's own distribution; 0 where it was given."""
+    def _log_probs(self, output: EsoRequestOutput, before: str) -> dict[str, Any] | None:
+        """Of each token behind what stands before, in nats, under the model's own distribution; 0: it was given."""
         if self.body.logprobs is None or self.body.logprobs is False:
             return None
         texts = [str(self.engine.tokenizer.decode([token])) for token in output.generated_tokens]
@@ -218,7 +237,7 @@ class Answers:
                 for text, value in rows
             ]
             return {"content": content}
-        offsets = list(accumulate(map(len, texts), initial=0))[: len(texts)]
+        offsets = list(accumulate(map(len, texts), initial=len(before)))[: len(texts)]
         return {"tokens": texts, "token_logprobs": output.logprobs, "top_logprobs": None, "text_offset": offsets}
 
     async def events(self) -> AsyncIterator[str]:
@@ -259,7 +278,7 @@ class Answers:
         if output is not None:
             choice |= {
                 "finish_reason": self.choices[index].finish_reason(output),
-                "logprobs": self._log_probs(output),
+                "logprobs": self._log_probs(output, self.choices[index].before),
                 "num_function_evaluations": output.num_function_evaluations,
             }
         return f"data: {json.dumps(self.head | {'choices': [choice]})}\n\n"
@@ -267,8 +286,11 @@ class Answers:
 
 def failure(engine: Engine, output: EsoRequestOutput) -> tuple[int, str]:
     """The status and the message of a request that has failed while it was under way."""
+    error = engine.manager.background_thread_status.fatal_error
+    if error is not None:
+        return 503, f"The request could not be finished: {error}"
     if not engine.is_alive:
-        return 503, f"The request could not be finished: {output.error}"
+        return 503, "The request could not be finished: the server has stopped."
     return 500, f"The request has failed: {output.error}"
 
 
@@ -276,7 +298,7 @@ def in_words_of(body: CompletionRequest | ChatRequest, message: str) -> str:
     """A message of `generate`, with the names that its arguments have in a body."""
     prompt = "prompt" if isinstance(body, CompletionRequest) else "messages"
     names = {"`max_new_tokens` (or `max_length`)": "`max_tokens`", "`max_new_tokens`": "`max_tokens`"}
-    names |= {"`input_ids`": f"`{prompt}`", "`sequence_bias`": "`logit_bias`"}
+    names |= {"`input_ids`": f"`{prompt}`", "`bad_words_ids` and `sequence_bias`": "`logit_bias`"}
     for ours, theirs in names.items():
         message = message.replace(ours, theirs)
     return message
@@ -286,6 +308,7 @@ def error_body(status: int, message: str, parameter: str | None = None) -> dict[
     """An error as OpenAI's clients read it. Errors of ours begin with the name of what is wrong, in backticks."""
     if parameter is None and status < 500 and (named := re.search(r"`(\w+)", message)) is not None:
         parameter = named[1]
+    message = message.encode(errors="backslashreplace").decode()  # it may hold what the body held
     kind = "invalid_request_error" if status < 500 else "server_error"
     return {"error": {"message": message, "type": kind, "param": parameter, "code": None}}
 
@@ -315,12 +338,15 @@ def build_app(make_engine: Callable[[], Engine], allow_all_origins: bool = False
 
         app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"], allow_headers=["*"])
 
+    app.add_middleware(LimitedBodies, of_app=app)
+
     @app.exception_handler(RequestValidationError)
     async def tell_what_is_wrong(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"]
         name = place[0] if place and place[0].isidentifier() else None
-        message = f"`{name or 'body'}`: {first['msg']}" + (f" (at {'.'.join(place)})" if len(place) > 1 else "")
+        what = IN_WORDS.get(name or "", first["msg"])
+        message = f"`{name or 'body'}`: {what}" + (f" (at {'.'.join(place)})" if len(place) > 1 else "")
         return JSONResponse(error_body(400, message, name), status_code=400)
 
     @app.exception_handler(HTTPException)
@@ -375,6 +401,41 @@ def build_app(make_engine: Callable[[], Engine], allow_all_origins: bool = False
         return PlainTextResponse("\n".join([*lines, ""]))
 
     return app
+
+
+class LimitedBodies:
+    """Refuses bodies that could only be too long for the cache, before they are read.
+
+    Args:
+        app: What is asked otherwise.
+        of_app: The application, which knows the engine.
+    """
+
+    def __init__(self, app: ASGIApp, of_app: FastAPI):
+        self.app, self.of_app = app, of_app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """An ASGI application."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        num_slots = self.of_app.state.engine.manager.budget.num_slots
+        most, seen = BYTES_OF_BODY + BYTES_OF_TOKEN * num_slots, 0
+        refusal = JSONResponse(error_body(413, f"The body must be at most {most} bytes long."), status_code=413)
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if length.isdigit() and int(length) > most:
+            await refusal(scope, receive, send)
+            return
+
+        async def limited() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > most:
+                raise HTTPException(413, f"The body must be at most {most} bytes long.")
+            return message
+
+        await self.app(scope, limited, send)
 
 
 def end_in_time(engine: Engine) -> None:

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from .batching_processor import EsoRequestOutput
+from .batching_results import EsoRequestOutput
 
 MAX_CHOICES = 128
 """Choices of a prompt, and prompts of a body, that may be asked for at once."""
@@ -31,6 +31,13 @@ ESO_SETTINGS = (
 )
 FILTERS = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "max_time")
 
+GREEDY_TEMPERATURE = 1e-5
+"""Below which the most probable token is as good as certain, and numbers overflow."""
+
+MAX_NGRAM = 64
+"""Of `no_repeat_ngram_size`: longer ones cost more than they are worth."""
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, le=MAX_CHOICES)]
 TokenIds = list[Annotated[int, Field(ge=0, lt=2**31)]]
 
@@ -52,7 +59,7 @@ class Settings(BaseModel):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Count | None = None
     seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    stop: str | list[str] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
@@ -64,8 +71,8 @@ class Settings(BaseModel):
     top_k: Annotated[int, Field(ge=1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=MAX_NGRAM)] | None = None
     max_time: Annotated[float, Field(gt=0)] | None = None
 
     alpha_0: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -82,16 +89,13 @@ class Settings(BaseModel):
     @property
     def stops(self) -> list[str]:
         """Where the text is to stop."""
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        if not all(stops):
-            raise ValueError("`stop` must hold no empty string.")
-        return stops
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     def of_generate(self) -> dict[str, Any]:
         """The settings of `generate` that the body speaks of; what it does not is the model's."""
         asked = {name: getattr(self, name) for name in (*ESO_SETTINGS, *FILTERS)}
         settings = {name: value for name, value in asked.items() if value is not None}
-        if self.temperature == 0:
+        if self.temperature is not None and self.temperature < GREEDY_TEMPERATURE:
             settings["do_sample"] = False
         elif self.temperature is not None:
             settings |= {"do_sample": True, "temperature": self.temperature}
@@ -99,7 +103,7 @@ class Settings(BaseModel):
             try:
                 settings["sequence_bias"] = {(int(token),): bias for token, bias in self.logit_bias.items()}
             except ValueError as error:
-                raise ValueError(f"`logit_bias` must map ids of tokens to numbers: {error}.") from error
+                raise ValueError("`logit_bias` must map ids of tokens to numbers.") from error
         return settings
 
 
@@ -122,10 +126,10 @@ class CompletionRequest(Settings):
         given: Any = self.prompt
         is_one = isinstance(given, str) or not given or isinstance(given[0], int)
         many = [given] if is_one else given
-        prompts = [tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in many]
+        prompts = [tokens_of(tokenizer, one, "prompt") if isinstance(one, str) else one for one in many]
         if self.suffix is None:
             return prompts
-        behind = tokenizer(self.suffix, add_special_tokens=False)["input_ids"]
+        behind = tokens_of(tokenizer, self.suffix, "suffix", add_special_tokens=False)
         return [prompt + [mask_token_id] * self.num_in_between + behind for prompt in prompts]
 
     @property
@@ -192,14 +196,28 @@ class ChatRequest(Settings):
             raise ValueError(f"`chat_template_kwargs` must be variables of the template, got {sorted(taken)}.")
         try:
             settings = {"add_generation_prompt": True} | own
-            text = tokenizer.apply_chat_template(messages, tokenize=False, **settings)
-            return [tokenizer(text, add_special_tokens=False)["input_ids"]]
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **settings))
         except (TemplateError, TypeError) as error:
             raise ValueError(f"`messages` do not fit the chat template: {error}") from error
+        return [tokens_of(tokenizer, text, "messages", add_special_tokens=False)]
 
     def max_new_tokens(self, has_holes: bool) -> int | None:
         """Tokens of the answer; None: as many as there is room for."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+def tokens_of(tokenizer: PreTrainedTokenizerBase, text: str, name: str, **settings: Any) -> list[int]:
+    """The token ids of a text.
+
+    Raises:
+        ValueError: for half of a pair of surrogates, which JSON may hold, and text may not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` must be text, got half of a letter at character {error.start}.") from error
+    tokens: Any = tokenizer(text, **settings)["input_ids"]
+    return list(tokens)
 
 
 class StopTexts(StoppingCriteria):

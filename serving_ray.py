@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from transformers import AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig
 
-from .batching_manager import DEFAULT_MAX_REQUESTS
+from .batching_budget import DEFAULT_MAX_REQUESTS
 from .configuration_eso import EsoConfig
 from .modeling_eso import EsoForMaskedDiffusion
 from .serving_app import GRACE_SECONDS, Engine, build_app

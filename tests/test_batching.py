@@ -1,6 +1,7 @@
 """Continuous batching: whatever company a request is in, it gets what `generate` alone would give it."""
 
 import itertools
+import queue
 import random
 import threading
 import time
@@ -10,11 +11,13 @@ import pytest
 import torch
 from tiny_models import backbone_config, randomized_model
 from transformers import LogitsProcessorList
+from transformers.generation import BaseStreamer
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 
 from eso_lm import EsoForMaskedDiffusion, EsoGenerationConfig
-from eso_lm.batching_manager import EsoBatchingManager, let_worker_threads_go
+from eso_lm.batching_budget import let_worker_threads_go
+from eso_lm.batching_manager import EsoBatchingManager
 from eso_lm.modeling_attention import grouped_sdpa_attention_forward
 from eso_lm.modeling_packing import TextsInPieces
 
@@ -341,6 +344,8 @@ def test_generate_batch_returns_what_it_was_given_in_order(model):
         assert result.prompt_ids == prompts[index // 2]
         assert result.sequence == alone(model, prompts[index // 2], 10 + index, **settings).sequences[0].tolist()
     assert model.generate_batch([]) == {}
+    with pytest.raises(ValueError, match="`inputs` must be a list of prompts"):
+        model.generate_batch(torch.tensor([[1, 2]]))
 
 
 def test_settings_come_from_the_model_unless_given(model):
@@ -389,6 +394,8 @@ def test_a_manager_may_be_kept(model):
         ("text", {}, "`input_ids` must be a list of token ids"),
         ([1], {"seed": -1}, "`seed` must be an integer in"),
         ([1], {"request_id": 5}, "`request_id` must be a string"),
+        ([1], {"num_return_sequences": 0}, "`num_return_sequences` must be an integer >= 1"),
+        ([1], {"num_return_sequences": "a"}, "`num_return_sequences` must be an integer >= 1"),
         ([1], {"alpha_0": 2}, r"`alpha_0` must be None or a number in \[0, 1\]"),
         ([1], {"num_beams": 2}, "beam"),
         ([1], {"attention_mask": [[1]]}, "have no meaning for a request"),
@@ -418,6 +425,112 @@ def test_a_name_is_taken_for_as_long_as_its_request_is_under_way(manager):
     assert len(results_of(manager, 1)["r"].sequence) == 3
 
 
+def test_names_that_are_made_up_are_free_ones(manager):
+    manager.add_request([1], "req_0", max_new_tokens=100)
+    assert manager.add_request([1], max_new_tokens=2) == "req_1"
+    results_of(manager, 2)
+
+
+def test_who_finds_the_queue_full_leaves_nothing_behind(model, monkeypatch):
+    manager = model.init_continuous_batching(continuous_batching_config=roomy(max_queue_size=2))
+    put = manager.input_queue.put
+    monkeypatch.setattr(manager.input_queue, "put", lambda state, **kwargs: put(state, block=False))
+    manager.add_request([1], "a", max_new_tokens=2)
+    with pytest.raises(queue.Full):
+        manager.add_request([1], "b", max_new_tokens=2, num_return_sequences=3)
+    manager.start()
+    assert results_of(manager, 2)["b"].error == "The request was cancelled."  # the sample for which there was room
+    manager.add_request([1], "b", max_new_tokens=2)
+    assert results_of(manager, 1)["b"].error is None
+    manager.stop()
+
+
+def test_all_samples_of_a_prompt_are_cancelled(manager):
+    manager.add_request([1] * 30, "r", max_new_tokens=90, num_return_sequences=3)
+    manager.add_request([1] * 30, "rest", max_new_tokens=9)
+    manager.cancel_request("r")
+    results = results_of(manager, 4)
+    assert [name for name, result in results.items() if result.error is None] == ["rest"]
+
+
+def test_whoever_reads_the_results_of_one_request_leaves_those_of_others(manager):
+    names = [f"{index}" for index in range(4)]
+    streams = {}
+
+    def read(name: str) -> None:
+        streams[name] = [len(result.generated_tokens) for result in manager.request_id_iter(name)]
+
+    for name in names:
+        manager.add_request([1], name, max_new_tokens=40, alpha_0=0.0, streaming=True)
+    threads = [threading.Thread(target=read, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert streams == {name: list(range(1, 41)) for name in names}
+    # One after the other, too; and after the thread has ended.
+    for name in names:
+        manager.add_request([1], name, max_new_tokens=5, alpha_0=0.0, streaming=True)
+    manager.stop()
+    for name in names:
+        read(name)
+    assert streams == {name: list(range(1, 6)) for name in names}
+    assert manager.get_result() is None
+    assert manager.get_result("nobody", timeout=0.1) is None
+
+
+def test_a_streamer_that_leaves_the_program_ends_its_own_request_alone(model, manager):
+    class Leaving(BaseStreamer):
+        def put(self, value):
+            raise SystemExit("enough")
+
+        def end(self):
+            raise RuntimeError("nor does it end well")
+
+    manager.add_request([1, 2], "bad", max_new_tokens=9, streamer=Leaving())
+    manager.add_request([1, 2], "good", max_new_tokens=9, seed=4)
+    results = results_of(manager, 2)
+    assert results["bad"].error == "enough"
+    assert results["good"].sequence == alone(model, [1, 2], 4, max_new_tokens=9).sequences[0].tolist()
+
+
+def test_time_that_has_run_out_is_no_end_of_text(manager):
+    manager.add_request([1, 2], "late", max_new_tokens=9, max_time=1e-9)
+    manager.add_request([1, 2], "nothing to write", max_new_tokens=0)
+    results = results_of(manager, 2)
+    assert results["late"].finish_reason == results["nothing to write"].finish_reason == "length"
+    assert MASK in results["late"].sequence
+    assert results["nothing to write"].sequence == [1, 2]
+    assert results["nothing to write"].num_function_evaluations == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"max_batch_tokens": -5}, "`max_batch_tokens` must be"),
+        ({"max_requests_per_batch": 0}, "`max_requests_per_batch` must be"),
+        ({"num_blocks": 2.5}, "`num_blocks` must be"),
+        ({"num_blocks": 0}, "`num_blocks` must be"),
+        ({"num_blocks": None, "max_memory_percent": 5.0}, "`max_memory_percent` must be"),
+    ],
+)
+def test_a_budget_that_is_none_is_refused(model, setting, message):
+    with pytest.raises(ValueError, match=message):
+        model.init_continuous_batching(continuous_batching_config=roomy(**setting))
+
+
+def test_a_thread_without_memory_does_not_start(model, monkeypatch):
+    def no_memory(*args):
+        raise MemoryError("not so much")
+
+    monkeypatch.setattr("eso_lm.batching_manager.SharedForward", no_memory)
+    manager = model.init_continuous_batching(continuous_batching_config=roomy())
+    with pytest.raises(RuntimeError, match="could not be started: not so much"):
+        manager.start()
+    assert manager.add_request([1], max_new_tokens=2) is None
+    assert not manager._names
+
+
 def test_attention_that_cannot_tell_texts_apart_is_refused():
     with pytest.raises(ValueError, match="load the model with `attn_implementation=\"sdpa\"`, got 'flex_attention'"):
         randomized_model("flex_attention").init_continuous_batching()
@@ -427,16 +540,14 @@ def test_memory_is_a_fixed_budget(model):
     by_length = model.init_continuous_batching(
         continuous_batching_config=ContinuousBatchingConfig(max_requests_per_batch=3)
     )
-    assert by_length.num_slots == 3 * (128 + 64)
+    assert by_length.budget.num_slots == 3 * (128 + 64)
     bytes_of_slot = 2 * 2 * 32 * 8
     share = (
         100.5 * bytes_of_slot / (__import__("os").sysconf("SC_PHYS_PAGES") * __import__("os").sysconf("SC_PAGE_SIZE"))
     )
     config = ContinuousBatchingConfig(max_memory_percent=share)
     with model.continuous_batching_context_manager(continuous_batching_config=config) as manager:
-        assert manager.num_slots == 100
-        while manager.metrics()["cache_bytes"] == 0:
-            time.sleep(0.001)
+        assert manager.budget.num_slots == 100
         assert manager.metrics()["cache_bytes"] == 100 * bytes_of_slot
     with pytest.raises(ValueError, match="is not enough for a slot of the cache"):
         model.init_continuous_batching(continuous_batching_config=ContinuousBatchingConfig(max_memory_percent=1e-12))

@@ -492,3 +492,13 @@ def test_one_token_a_forward(num_diffusion_steps):
     output = generate(randomized_model(), alpha_0=1.0, num_diffusion_steps=num_diffusion_steps)
     assert sorted(output.unmasking_steps[0].tolist()) == list(range(1, 17))
     assert output.unmasking_steps[0].tolist() != list(range(1, 17))
+
+
+def test_ngrams_longer_than_the_text_forbid_nothing_and_cost_nothing():
+    model = randomized_model()
+    prompt, seeds = torch.tensor([[1, 2, 3]]), [torch.Generator().manual_seed(1) for _ in range(2)]
+    plain, long = (
+        model.generate(prompt, max_new_tokens=8, generator=seed, **settings)
+        for seed, settings in zip(seeds, ({}, {"no_repeat_ngram_size": 10**12}), strict=True)
+    )
+    assert torch.equal(plain, long)
