@@ -5,6 +5,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -302,6 +303,28 @@ def test_stopping_finishes_what_is_there_or_fails_it_with_an_answer(model):
         assert not manager._names
         assert not model.is_ready_to_decode
     assert manager.add_request([1], max_new_tokens=2) is None  # it has stopped
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_manager_that_has_stopped_holds_no_memory(model, waits):
+    manager = model.init_continuous_batching(continuous_batching_config=roomy())
+    manager.start()
+    keys = weakref.ref(manager._processor.forward.cache.layers[0].keys)
+    thread = manager._generation_thread
+    manager.stop(block=waits)
+    thread.join()
+    gc.collect()
+    assert keys() is None
+
+
+def test_of_several_prompts_all_are_added_or_none(manager):
+    with pytest.raises(ValueError, match="ids of the vocabulary"):
+        manager.add_requests([[1], [99]], max_new_tokens=3)
+    assert not manager._names
+    assert manager.input_queue.empty()
+    names = manager.add_requests([[1], [2]], max_new_tokens=3, seed=5, num_return_sequences=2)
+    results = results_of(manager, 4)
+    assert set(results) == {*names, *(f"{name}__child#0" for name in names)}
 
 
 def test_it_stops_without_being_waited_for(model):
