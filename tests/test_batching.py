@@ -1,6 +1,8 @@
 """Continuous batching: whatever company a request is in, it gets what `generate` alone would give it."""
 
+import gc
 import itertools
+import os
 import queue
 import random
 import threading
@@ -565,9 +567,7 @@ def test_memory_is_a_fixed_budget(model):
     )
     assert by_length.budget.num_slots == 3 * (128 + 64)
     bytes_of_slot = 2 * 2 * 32 * 8
-    share = (
-        100.5 * bytes_of_slot / (__import__("os").sysconf("SC_PHYS_PAGES") * __import__("os").sysconf("SC_PAGE_SIZE"))
-    )
+    share = 100.5 * bytes_of_slot / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     config = ContinuousBatchingConfig(max_memory_percent=share)
     with model.continuous_batching_context_manager(continuous_batching_config=config) as manager:
         assert manager.budget.num_slots == 100
