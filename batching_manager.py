@@ -7,7 +7,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -91,6 +91,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
         self._processor: EsoBatchProcessor | None = None  # for as long as the thread needs it
         self._while_running = ExitStack()
         self._is_up = threading.Event()  # the thread has its memory, or has failed to get it
+        self._let_workers_go()  # of a thread that may be another than the one that starts it
 
     @property
     def longest_text(self) -> int:
@@ -327,7 +328,7 @@ class EsoBatchingManager(ContinuousBatchingManager):
                 if not was_running or (timeout is not None and time.perf_counter() >= ends):
                     return None
 
-    def request_id_iter(self, request_id: str) -> Iterator[EsoRequestOutput]:  # type: ignore[override]  # no generator
+    def request_id_iter(self, request_id: str) -> Generator[EsoRequestOutput]:
         """The results of a request, in order, up to the last one; while others read those of other requests."""
         while (result := self.get_result(request_id)) is not None:
             yield result

@@ -1,4 +1,4 @@
-"""`transformers serve` for Eso-LMs (an optional dependency: `pip install eso-lm[serving]`).
+"""`transformers serve` for Eso-LMs (an optional dependency: `pip install ".[serving]"`).
 
 python -m eso_lm.serve outputs/quickstart --continuous-batching
 

@@ -1,4 +1,4 @@
-"""Eso-LMs on Ray (an optional dependency: `pip install eso-lm[ray]`), where one machine is not enough.
+"""Eso-LMs on Ray (an optional dependency: `pip install ".[ray]"`), where one machine is not enough.
 
 serve run eso_lm.serving_ray:build model=outputs/quickstart min_replicas=2 max_replicas=8
 

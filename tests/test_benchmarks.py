@@ -166,7 +166,7 @@ def test_serving_at_toy_size(tmp_path):
     assert slots["one piece"] <= slots["pages of 16"] < slots["one piece"] + 3 * 16
     assert slots["pages of 256"] == 3 * 256
     assert slots["rows"] >= slots["one piece"]
-    assert (tmp_path / "serving.md").read_text().count("\n") == 24
+    assert (tmp_path / "serving.md").read_text().count("\n") == 25
 
 
 @pytest.mark.slow
