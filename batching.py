@@ -1,6 +1,6 @@
 """Continuous batching: requests that come and go share the forwards of one model, by transformers' interface."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -85,25 +85,17 @@ class EsoBatchingMixin(EsoGenerationMixin):
             persistent_manager=persistent_manager,
             workload_hints=hints if new_tokens else None,
         )
-        results: dict[str, Any] = {}
         with manager_of_call as manager:
             try:
                 added = manager.add_requests(inputs, record_timestamps=record_timestamps, **settings)
                 samples = num_samples(manager.generation_config, settings)
                 names = [name for request_id in added for name in names_of_samples(request_id, samples)]
-                with tqdm(total=len(names), unit="request", disable=not progress_bar) as bar:
-                    while len(results) < len(names):
-                        result = manager.get_result(timeout=1)
-                        if result is not None and result.is_finished():
-                            results[result.request_id] = result
-                            bar.update()
-                        elif result is None and not manager.is_running():
-                            error = manager.background_thread_status.fatal_error
-                            raise RuntimeError("The forwards of continuous batching have failed.") from error
+                waiting = cast(EsoBatchingManager, manager).wait_for(names)
+                progress = tqdm(waiting, total=len(names), unit="request", disable=not progress_bar)
+                return {result.request_id: result for result in progress}
             except BaseException:
                 manager.stop(block=False, hard_stop=True)
                 raise
-        return {name: results[name] for name in names}
 
 
 __all__ = ["EsoBatchingMixin"]

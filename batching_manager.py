@@ -7,7 +7,7 @@ import copy
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -38,6 +38,19 @@ MEANINGLESS_SETTINGS = frozenset(
     {"attention_mask", "begins_only", "cache_implementation", "generator", "lockstep", "past_key_values"}
 )
 """Of `generate`, those that requests of one prompt, without padding and on a shared cache, have no use for."""
+
+COUNTED = (
+    "finished",
+    "failed",
+    "cancelled",
+    "forwards",
+    "fed_slots",
+    "generated_tokens",
+    "shared_prompt_tokens",
+    "waiting_ms",
+    "decoding_ms",
+)
+"""Metrics that only grow."""
 
 OF_SAMPLE = "__child#"
 """Between the name of a request and the number of one of its further samples, as in transformers."""
@@ -335,10 +348,24 @@ class EsoBatchingManager(ContinuousBatchingManager):
             if result.is_finished():
                 return
 
+    def wait_for(self, names: Iterable[str]) -> Iterator[EsoRequestOutput]:
+        """The last result of each of some requests, in their order.
+
+        Raises:
+            RuntimeError: when the thread ends without one.
+        """
+        for name in names:
+            results = list(self.request_id_iter(name))
+            if not results or not results[-1].is_finished():
+                error = self.background_thread_status.fatal_error
+                raise RuntimeError("The forwards of continuous batching have failed.") from error
+            yield results[-1]
+
     def forget_result_handler(self, request_id: str) -> None:
-        """Takes back `register_result_handler`, for a request that has not been added after all."""
-        with self.output_router._lock:
-            self.output_router.result_handlers.pop(request_id, None)
+        """Takes back `register_result_handler`, unless the request is under way, and its last result still to come."""
+        if request_id not in self._names:
+            with self.output_router._lock:
+                self.output_router.result_handlers.pop(request_id, None)
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -363,9 +390,8 @@ class EsoBatchingManager(ContinuousBatchingManager):
         `shared_prompt_tokens`, which needed no computing; and `waiting_ms` and `decoding_ms`, which finished requests
         have taken in all.
         """
-        counted = ("finished", "failed", "cancelled", "forwards", "fed_slots", "generated_tokens", "waiting_ms")
-        found = dict.fromkeys(("active", "waiting", "slots_in_use", "slots_kept", "cache_bytes"), 0)
-        found |= {"slots": self.budget.num_slots} | dict.fromkeys((*counted, "decoding_ms", "shared_prompt_tokens"), 0)
+        found = dict.fromkeys(("active", "waiting", "slots_in_use", "slots_kept", "cache_bytes", *COUNTED), 0)
+        found["slots"] = self.budget.num_slots
         processor = self._processor
         if processor is None:
             return found

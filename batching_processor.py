@@ -33,7 +33,6 @@ class InOrder(Scheduler):
     """transformers' books on who waits, who takes part, and who is to be cancelled."""
 
     def __init__(self, memory: SlotMemory, max_requests: int):
-        self.max_requests_per_batch = max_requests
         # Not transformers' own: the rest of its arguments are about pages and their offloading.
         bookkeeping: Any = SimpleNamespace(free_blocks=memory.free_blocks, num_full_attention_groups=1)
         bookkeeping.max_blocks_per_request = bookkeeping.block_size = 0
@@ -103,9 +102,6 @@ class EsoBatchProcessor(ContinuousBatchProcessor):
         for owner in list(self.memory.leases):
             self.memory.free_blocks(owner)
         self.fed = []
-
-    def warmup(self, model: nn.Module) -> None:
-        """Nothing is captured in advance."""
 
     def prepare_next_batch(self) -> bool:
         """Lets go of cancelled requests, lets others join, and asks all what they feed; whether there is anything."""

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from transformers import PreTrainedTokenizerBase
 
-from .batching_manager import EsoBatchingManager
+from .batching_manager import COUNTED, EsoBatchingManager, names_of_samples
 from .batching_results import EsoRequestOutput
 from .serving_protocol import MAX_CHOICES, ChatRequest, Choice, CompletionRequest, decode, stopping_at, usage
 
@@ -29,9 +29,6 @@ MAX_WAITING = 1024
 
 DEFAULT_CHAT_TOKENS = 1024
 """Tokens of an answer in a chat, unless the body, or the model, says otherwise, as far as the model's length goes."""
-
-GAUGES = ("active", "waiting", "slots", "slots_in_use", "slots_kept", "cache_bytes")
-"""Metrics that may fall again."""
 
 IN_WORDS = {
     "prompt": "Input should be text, or ids of tokens, or a list of one of them",
@@ -91,7 +88,7 @@ class Answers:
         self.id = f"{'chatcmpl' if isinstance(body, ChatRequest) else 'cmpl'}-{uuid.uuid4().hex}"
         self.created = int(time.time())
         self.choices: list[Choice] = []
-        self.prompts: list[list[int]] = []
+        self.num_prompts = 0
         self.names: list[str] = []
         self.outputs: asyncio.Queue[EsoRequestOutput] = asyncio.Queue()
         self.under_way: set[str] = set()
@@ -119,14 +116,18 @@ class Answers:
         if manager.metrics()["waiting"] >= MAX_WAITING:
             raise HTTPException(429, f"{MAX_WAITING} requests are waiting: come again later.")
         requests = await asyncio.to_thread(self._requests)
-        self.names = [f"{self.id}-{place}" for place in range(len(self.choices))]
+        self.num_prompts = len(requests)
+        samples = body.n or 1
+        self.names = [
+            name for index in range(self.num_prompts) for name in names_of_samples(f"{self.id}-{index}", samples)
+        ]
         for name in self.names:
             manager.register_result_handler(name, self.outputs.put_nowait)
         try:
             await asyncio.to_thread(self._add, requests)
         except BaseException:
             self.cancel()
-            for name in set(self.names) - self.under_way:
+            for name in self.names:
                 manager.forget_result_handler(name)
             raise
 
@@ -150,25 +151,27 @@ class Answers:
             settings = body.of_generate() | {"max_new_tokens": new_tokens}
             requests.append((prompt, settings | stopping_at(tokenizer, body.stops, start)))
             before = decode(tokenizer, prompt[:start]) if body.echo else ""
-            self.prompts.append(prompt)
             self.choices += [Choice(tokenizer, body.stops, before) for _ in range(body.n or 1)]
         return requests
 
     def _add(self, requests: list[tuple[list[int], dict[str, Any]]]) -> None:
-        manager, samples = self.engine.manager, self.body.n or 1
+        body, samples = self.body, self.body.n or 1
         for index, (prompt, settings) in enumerate(requests):
-            for sample in range(samples):
-                place = index * samples + sample
-                seed = None if self.body.seed is None else self.body.seed + place
-                try:
-                    added = manager.add_request(
-                        prompt, self.names[place], streaming=bool(self.body.stream), seed=seed, **settings
-                    )
-                except queue.Full:
-                    raise HTTPException(429, "Too many requests are waiting: come again later.") from None
-                if added is None:
-                    raise HTTPException(503, "The server is about to stop.")
-                self.under_way.add(added)
+            first = index * samples
+            try:
+                added = self.engine.manager.add_request(
+                    prompt,
+                    self.names[first],
+                    streaming=bool(body.stream),
+                    seed=None if body.seed is None else body.seed + first,
+                    num_return_sequences=samples,
+                    **settings,
+                )
+            except queue.Full:
+                raise HTTPException(429, "Too many requests are waiting: come again later.") from None
+            if added is None:
+                raise HTTPException(503, "The server is about to stop.")
+            self.under_way.update(self.names[first : first + samples])
 
     async def results(self) -> AsyncIterator[tuple[int, EsoRequestOutput]]:
         """What becomes known, and of which choice."""
@@ -223,7 +226,7 @@ class Answers:
                     "num_function_evaluations": output.num_function_evaluations,
                 }
             )
-        return self.head | {"choices": choices, "usage": usage(outputs, len(self.prompts))}
+        return self.head | {"choices": choices, "usage": usage(outputs, self.num_prompts)}
 
     def _log_probs(self, output: EsoRequestOutput, before: str) -> dict[str, Any] | None:
         """Of each token behind what stands before, in nats, under the model's own distribution; 0: it was given."""
@@ -263,7 +266,7 @@ class Answers:
             else:
                 if self.body.stream_options is not None and self.body.stream_options.include_usage:
                     in_order = [outputs[index] for index in range(len(self.names))]
-                    last = self.head | {"choices": [], "usage": usage(in_order, len(self.prompts))}
+                    last = self.head | {"choices": [], "usage": usage(in_order, self.num_prompts)}
                     yield f"data: {json.dumps(last)}\n\n"
             yield "data: [DONE]\n\n"
         finally:
@@ -396,7 +399,7 @@ def build_app(make_engine: Callable[[], Engine], allow_all_origins: bool = False
     async def metrics() -> PlainTextResponse:
         lines = []
         for name, value in app.state.engine.manager.metrics().items():
-            kind = "gauge" if name in GAUGES else "counter"
+            kind = "counter" if name in COUNTED else "gauge"
             lines += [f"# TYPE eso_{name} {kind}", f"eso_{name} {value}"]
         return PlainTextResponse("\n".join([*lines, ""]))
 

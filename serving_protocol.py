@@ -17,19 +17,8 @@ from .batching_results import EsoRequestOutput
 MAX_CHOICES = 128
 """Choices of a prompt, and prompts of a body, that may be asked for at once."""
 
-ESO_SETTINGS = (
-    "alpha_0",
-    "num_diffusion_steps",
-    "unmasking_order",
-    "block_length",
-    "confidence_threshold",
-    "entropy_bound",
-    "num_candidates",
-    "lossless",
-    "draft_length",
-    "use_draft_head",
-)
-FILTERS = ("top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size", "max_time")
+DEFAULT_COMPLETION_TOKENS = 16
+"""OpenAI's."""
 
 GREEDY_TEMPERATURE = 1e-5
 """Below which the most probable token is as good as certain, and numbers overflow."""
@@ -49,31 +38,10 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Settings(BaseModel):
-    """What both kinds of requests have in common."""
+class GenerateSettings(BaseModel):
+    """Those that are settings of `generate` by the same name."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    model: str | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    n: Count | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    user: str | None = None
-    # Those of OpenAI's that would change what is drawn, and are not offered: only their neutral values are taken.
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=MAX_NGRAM)] | None = None
-    max_time: Annotated[float, Field(gt=0)] | None = None
 
     alpha_0: Annotated[float, Field(ge=0, le=1)] | None = None
     num_diffusion_steps: Annotated[int, Field(ge=1)] | Literal["max"] | None = None
@@ -86,6 +54,31 @@ class Settings(BaseModel):
     draft_length: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
     use_draft_head: bool | None = None
 
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=MAX_NGRAM)] | None = None
+    max_time: Annotated[float, Field(gt=0)] | None = None
+
+
+class Settings(GenerateSettings):
+    """What both kinds of requests have in common."""
+
+    model: str | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    n: Count | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**62)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    user: str | None = None
+    # Those of OpenAI's that would change what is drawn, and are not offered: only their neutral values are taken.
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+
     @property
     def stops(self) -> list[str]:
         """Where the text is to stop."""
@@ -93,8 +86,7 @@ class Settings(BaseModel):
 
     def of_generate(self) -> dict[str, Any]:
         """The settings of `generate` that the body speaks of; what it does not is the model's."""
-        asked = {name: getattr(self, name) for name in (*ESO_SETTINGS, *FILTERS)}
-        settings = {name: value for name, value in asked.items() if value is not None}
+        settings = self.model_dump(include=set(GenerateSettings.model_fields), exclude_none=True)
         if self.temperature is not None and self.temperature < GREEDY_TEMPERATURE:
             settings["do_sample"] = False
         elif self.temperature is not None:
@@ -130,18 +122,15 @@ class CompletionRequest(Settings):
         if self.suffix is None:
             return prompts
         behind = tokens_of(tokenizer, self.suffix, "suffix", add_special_tokens=False)
-        return [prompt + [mask_token_id] * self.num_in_between + behind for prompt in prompts]
-
-    @property
-    def num_in_between(self) -> int:
-        """Tokens between prompt and suffix."""
-        return 16 if self.max_tokens is None else self.max_tokens
+        num_between = DEFAULT_COMPLETION_TOKENS if self.max_tokens is None else self.max_tokens
+        return [prompt + [mask_token_id] * num_between + behind for prompt in prompts]
 
     def max_new_tokens(self, has_holes: bool) -> int:
         """Tokens behind the prompt: OpenAI's default of 16, or none where there are holes to fill in."""
         if self.suffix is not None:
             return 0
-        return (0 if has_holes else 16) if self.max_tokens is None else self.max_tokens
+        default = 0 if has_holes else DEFAULT_COMPLETION_TOKENS
+        return default if self.max_tokens is None else self.max_tokens
 
 
 class TextPart(BaseModel):

@@ -134,14 +134,8 @@ class EsoPredictor:
             self.manager.add_request(prompt, seed=seed, **self.settings)
             for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        outputs: dict[str, Any] = {}
-        while len(outputs) < len(names):
-            output = self.manager.get_result(timeout=1)
-            if output is None and not self.manager.is_running():
-                raise RuntimeError("The forwards of continuous batching have failed.")
-            if output is not None:
-                outputs[output.request_id] = output
-        failed = [output.error for output in outputs.values() if output.error is not None]
+        outputs = list(self.manager.wait_for(names))
+        failed = [output.error for output in outputs if output.error is not None]
         if failed:
             raise RuntimeError(f"A row could not be written: {failed[0]}")
-        return batch | {"text": [decode(self.tokenizer, outputs[name].generated_tokens) for name in names]}
+        return batch | {"text": [decode(self.tokenizer, output.generated_tokens) for output in outputs]}

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import queue
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -416,6 +417,23 @@ def test_who_comes_when_too_many_wait_is_told_to_come_again(slow_server, monkeyp
         assert httpx.post(url, json={"prompt": "a"}).status_code == 429
     slow_server.wait_until(active=0, waiting=0)
     assert httpx.post(url, json={"prompt": "a"}).status_code == 200
+
+
+def test_a_full_queue_leaves_nothing_behind(slow_server, monkeypatch):
+    server, room = slow_server, iter([True, True, False])
+    put = server.manager.input_queue.put
+
+    def put_while_there_is_room(state, **kwargs):
+        if not next(room, True):
+            raise queue.Full
+        put(state)
+
+    monkeypatch.setattr(server.manager.input_queue, "put", put_while_there_is_room)
+    assert httpx.post(f"{server.url}/v1/completions", json=LONG | {"n": 3}).status_code == 429
+    server.wait_until(active=0, waiting=0, cancelled=2, slots_in_use=0)
+    assert not server.manager._names
+    assert not server.manager.output_router.result_handlers
+    assert server.manager.output_router.output_queue.empty()
 
 
 def test_forwards_that_fail_are_an_error_of_the_server(monkeypatch):
