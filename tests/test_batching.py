@@ -505,6 +505,16 @@ def test_whoever_reads_the_results_of_one_request_leaves_those_of_others(manager
     assert manager.get_result("nobody", timeout=0.1) is None
 
 
+def test_results_that_will_not_come_are_not_waited_for(manager):
+    names = [manager.add_request([token], max_new_tokens=4, streaming=True) for token in (1, 2)]
+    results = list(manager.wait_for(reversed(names)))
+    assert [result.request_id for result in results] == names[::-1]
+    assert all(len(result.sequence) == 5 for result in results)
+    manager.stop()
+    with pytest.raises(RuntimeError, match="The forwards of continuous batching have failed"):
+        list(manager.wait_for(["nobody"]))
+
+
 def test_a_streamer_that_leaves_the_program_ends_its_own_request_alone(model, manager):
     class Leaving(BaseStreamer):
         def put(self, value):

@@ -307,6 +307,9 @@ def test_bodies_that_are_no_json_and_routes_that_are_not(server):
     assert httpx.get(url).status_code == 405
     assert httpx.get(f"{server.url}/v1/nothing").json()["error"]["message"] == "Not Found"
     assert httpx.get(f"{server.url}/health").json() == {"status": "ok"}
+    described = httpx.get(f"{server.url}/metrics").text
+    assert "# TYPE eso_slots_in_use gauge\neso_slots_in_use 0\n" in described
+    assert "# TYPE eso_finished counter\neso_finished " in described
 
 
 ANYTHING = st.recursive(
