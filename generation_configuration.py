@@ -203,7 +203,10 @@ class EsoGenerateOutput(ModelOutput):
             adaptive unmasking, the pool from which forwards choose, of which `orders` is the order at the beginning.
             `log_likelihood(sequences, orders=orders[:, None], groups=groups[:, None], ...)` scores the text again,
             with the settings of adaptive unmasking if there are any. (Not a text that has ended early in another order
-            than left to right: what was decided behind its end, and seen by the rest, is padding now.)
+            than left to right: what was decided behind its end, and seen by the rest, is padding now; see
+            `trajectories`.)
+        trajectories: (batch, length), `sequences` with all that was decided, also behind the end of the text, and the
+            mask where nothing was. With its plan, [`trajectory_log_probs`] scores it, with gradients.
         log_probs: (batch, length), nats; log-probability of each new token when it was drawn, under the model's own
             distribution (with the draft head's correction where it was drawn with one) before any filter; 0 where
             given (or padding).
@@ -225,6 +228,7 @@ class EsoGenerateOutput(ModelOutput):
     unmasking_steps: torch.Tensor | None = None
     orders: torch.Tensor | None = None
     groups: torch.Tensor | None = None
+    trajectories: torch.Tensor | None = None
     log_probs: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     logits: torch.Tensor | None = None

@@ -30,7 +30,7 @@ class GenerationPlan:
     @property
     def group_starts(self) -> torch.Tensor:
         """(rows, length), the first slot of the group of each slot; where given, and at padding, the slot itself."""
-        slots = torch.arange(self.groups.shape[1])
+        slots = torch.arange(self.groups.shape[1], device=self.groups.device)
         goes_on = torch.zeros_like(self.groups, dtype=torch.bool)
         goes_on[:, 1:] = (self.groups[:, 1:] == self.groups[:, :-1]) & (self.groups[:, 1:] > 0)
         return torch.where(goes_on, 0, slots).cummax(dim=-1).values

@@ -113,6 +113,7 @@ class GenerationSession:
             log_probs=canvas.log_probs.masked_fill(is_void, 0).to(device),
             orders=strategy.plan.order.to(device),
             groups=strategy.plan.groups.to(device),
+            trajectories=canvas.tokens.to(device),
             past_key_values=note_text(self.cache, canvas, strategy.order, strategy.cached),
             **self.observers.recorder.outputs(is_void),
             **{name: torch.tensor(counts, device=device) for name, counts in strategy.statistics().items()},

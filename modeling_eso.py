@@ -6,11 +6,9 @@ token of text position σ(s), carries that position's rotary angle, attends to s
 """
 
 import math
-from inspect import signature
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .batching import EsoBatchingMixin
 from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin
+from .evaluation_trajectories import forward_in_place_of
 from .generation import EsoGenerationMixin
 from .generation_configuration import EsoGenerationConfig
 from .generation_order import clean_first_order
@@ -121,7 +120,7 @@ class EsoDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: EsoConfig, layer_idx: int):
         super().__init__()
-        self.dropout = config.hidden_dropout
+        self.dropout = nn.Dropout(config.hidden_dropout)
         self.modulation = EsoModulation(config, num_vectors=6)
         self.input_layernorm = EsoLayerNorm(config)
         self.self_attn = EsoAttention(config, layer_idx)
@@ -148,10 +147,10 @@ class EsoDecoderLayer(GradientCheckpointingLayer):
             past_key_values=past_key_values,
             **kwargs,
         )
-        hidden_states = torch.addcmul(hidden_states, attn_gate, F.dropout(update, self.dropout, self.training))
+        hidden_states = torch.addcmul(hidden_states, attn_gate, self.dropout(update))
 
         update = self.mlp(self.post_attention_layernorm(hidden_states, mlp_shift, mlp_scale))
-        return torch.addcmul(hidden_states, mlp_gate, F.dropout(update, self.dropout, self.training))
+        return torch.addcmul(hidden_states, mlp_gate, self.dropout(update))
 
 
 class EsoPreTrainedModel(EsoHubMixin, PreTrainedModel):
@@ -314,13 +313,8 @@ class EsoForMaskedDiffusion(
         self.post_init()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # TRL's trainers put a forward of their own in place of the model's, which calls the backbone itself.
-        if name == "forward" and "fused_lm_head" in signature(value, follow_wrapped=False).parameters:
-            raise ValueError(
-                "TRL's trainers score the next token, by a forward of their own, and an Eso-LM predicts the token at "
-                "each slot: train with transformers' `Trainer` and `DataCollatorForHybridMaskedDiffusion`."
-            )
-        super().__setattr__(name, value)
+        # TRL's trainers put a forward of their own in place of the model's, which scores the next token.
+        super().__setattr__(name, forward_in_place_of(self, value) if name == "forward" else value)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

@@ -355,7 +355,7 @@ def test_the_backbone_of_a_training_step_compiles_once():
     """Rows, masks and queries differ from batch to batch: that must not compile anything anew."""
     model = randomized_model().train()
     for layer in model.model.layers:
-        layer.dropout = 0.0
+        layer.dropout.p = 0.0
     collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=model.config.mask_token_id, alpha_0=0.4, seed=0)
     batches = [collator([{"input_ids": row} for row in random_batch(model, 8, 16)]) for _ in range(6)]
 

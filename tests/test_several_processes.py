@@ -70,7 +70,7 @@ rank = dist.get_rank()
 sharded, whole = (AutoModel.from_pretrained(sys.argv[1]).train() for _ in range(2))
 for model in (sharded, whole):
     for layer in model.model.layers:
-        layer.dropout = 0.0
+        layer.dropout.p = 0.0
 for layer in sharded.model.layers:
     fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
 fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))

@@ -1,0 +1,319 @@
+"""GRPO for Eso-LMs, on TRL's trainer (an optional dependency: `pip install ".[trl]"`)."""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from .evaluation_trajectories import scores_plans
+from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
+
+ROLLOUTS_OF_OTHERS = ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel")
+TURNS_OF_OTHERS = ("tools", "rollout_func", "environment_factory")
+
+
+@dataclass
+class Rollouts:
+    """What `generate` has decided, and how: the fields of a batch that are added to TRL's.
+
+    Args:
+        trajectories, orders, groups: (rows, length), as of [`EsoGenerateOutput`].
+        is_real: (rows, length), 0 at padding of the prompts.
+    """
+
+    trajectories: torch.Tensor
+    orders: torch.Tensor
+    groups: torch.Tensor
+    is_real: torch.Tensor
+
+    def __getitem__(self, rows: slice) -> "Rollouts":
+        return Rollouts(*(getattr(self, name)[rows] for name in self.__dataclass_fields__))
+
+    def decided(self, mask_token_id: int) -> torch.Tensor:
+        """(rows, length) bool, the columns whose tokens were drawn."""
+        is_free = torch.zeros_like(self.groups).scatter(1, self.orders, self.groups) > 0
+        return is_free & (self.trajectories != mask_token_id)
+
+
+class EsoGRPOTrainer(GRPOTrainer):
+    """TRL's [`GRPOTrainer`] for an Eso-LM: rollouts by `generate`, judged by the likelihood of their trajectories.
+
+    A rollout keeps its plan, and every later pass scores the same tokens under it, exactly, whatever `generate` was
+    told: any `alpha_0`, steps, orders, blocks, `lossless`, holes in the prompts (d2-AnyOrder, arXiv 2509.21474). What
+    was decided behind the end of a text counts too, since the rest has seen it. Rewards, advantages, clipping, the KL
+    term, logs, PEFT, accumulation and checkpoints are TRL's.
+
+    How rollouts are written is set by `generation_kwargs` of [`GRPOConfig`], with the fields of
+    [`EsoGenerationConfig`], for example `{"alpha_0": 0.5, "num_diffusion_steps": 16}`; what is not set is the model's
+    generation config's. Prompts may have holes, written as the tokenizer's mask: they are filled in, and with
+    `max_completion_length=None` nothing follows. Of such a prompt, the completion is all from the first hole on.
+
+    Reward functions get, besides what TRL gives them, `texts`: whole texts, prompts and what was written. They return a
+    number for each, or None where they have nothing to say.
+
+    Filters (`top_k`, `top_p`, `min_p`, `repetition_penalty`) shape the rollouts and not the likelihood, as in TRL;
+    `temperature` shapes both. Dropout is off: the policy that is judged has to be the one that wrote. Three more
+    metrics are logged: `rollouts/forwards`, `rollouts/tokens`, of a text, and `rollouts/tokens_per_forward`.
+
+    Args:
+        model, reward_funcs, args: As of [`GRPOTrainer`].
+        arguments, options: Its others.
+
+    Raises:
+        ValueError: for a model that is no Eso-LM, for settings whose rollouts have no plan (adaptive unmasking, a draft
+            head without `lossless`, vLLM, continuous batching, tools, environments, `rollout_func`) and, while
+            training, for reward functions that fail, or return what is no number.
+    """
+
+    _tag_names = ["trl", "grpo", "eso-lm"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *arguments: Any,
+        **options: Any,
+    ):
+        for source, names in ((vars(args) if args is not None else {}, ROLLOUTS_OF_OTHERS), (options, TURNS_OF_OTHERS)):
+            unusable = [name for name in names if source.get(name)]
+            if unusable:
+                raise ValueError(f"`{unusable[0]}` makes rollouts whose plan is not known: leave it unset.")
+        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        if reward_funcs is not None:
+            reward_funcs = [checked_reward(function) for function in functions]
+        with scores_plans():
+            super().__init__(model, reward_funcs, args, *arguments, **options)
+        for policy in (self.model, self.ref_model):
+            for module in policy.modules() if policy is not None else ():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+        self.generation_config = self._rollout_config()
+        if self.max_completion_length is None and self.loss_type == "dr_grpo":
+            raise ValueError("`loss_type='dr_grpo'` divides by `max_completion_length`: set it.")
+        self._rollouts: Rollouts | None = None
+
+    def _rollout_config(self) -> EsoGenerationConfig:
+        """The settings of `generate`.
+
+        Raises:
+            ValueError: for those whose rollouts have no likelihood in one pass.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if model.config.model_type != "eso":
+            raise ValueError(f"`model` must be an Eso-LM, got {type(model).__name__}: use TRL's `GRPOTrainer`.")
+        settings = {name: value for name, value in self.generation_kwargs.items() if value is not None}
+        config = EsoGenerationConfig(**settings | {"return_dict_in_generate": True})
+        prepared, _ = model._prepare_generation_config(config)
+        if prepared.is_adaptive:
+            raise ValueError(
+                "Adaptive unmasking (`confidence_threshold`, `entropy_bound`) has no likelihood in one pass: unset it, "
+                "in `generation_kwargs` and in the model's generation config."
+            )
+        if not prepared.do_sample:
+            raise ValueError("`do_sample=False` writes the same rollout again and again: unset it.")
+        if model.draft_head is not None and not prepared.lossless:
+            if config.use_draft_head:
+                raise ValueError("`use_draft_head=True` is for `lossless` rollouts here: set that, or unset it.")
+            config.use_draft_head = False
+        return config
+
+    def _generate_single_turn(  # what TRL calls to have all prompts of a batch completed
+        self, prompt_ids: list[list[int]], *arguments: Any, **options: Any
+    ) -> tuple[list[list[int]], None]:
+        """Writes the rollouts of a batch and keeps their plans.
+
+        Returns:
+            The tokens of each completion: behind the prompt, or from its first hole on, and up to the end of the text.
+        """
+        model = self.accelerator.unwrap_model(self.model)
+        mask_token_id, device = model.config.mask_token_id, self.accelerator.device
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in prompt_ids]
+        prompts = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
+        lengths = torch.tensor([len(ids) for ids in prompt_ids])
+        is_real = torch.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            output: EsoGenerateOutput = model.generate(
+                input_ids=prompts.to(device),
+                attention_mask=is_real.long().to(device),
+                generation_config=self.generation_config,
+            )
+        trajectories = cast(torch.Tensor, output.trajectories)
+        is_real = torch.cat([is_real, torch.ones(len(rows), trajectories.shape[1] - prompts.shape[1])], dim=1)
+        self._rollouts = Rollouts(trajectories, output.orders, output.groups, is_real.long().to(device))
+        self._note(output, self._rollouts.decided(mask_token_id))
+
+        is_given = is_real[:, : prompts.shape[1]].bool() & (prompts != mask_token_id)
+        is_hole = is_real[:, : prompts.shape[1]].bool() & (prompts == mask_token_id)
+        self._texts, completions = [], []
+        for row, text in enumerate(output.sequences.tolist()):
+            given, holes = is_given[row].nonzero()[:, 0].tolist(), is_hole[row].nonzero()[:, 0].tolist()
+            start = holes[0] if holes else prompts.shape[1]
+            behind = given[-1] + 1 if given else start
+            ends = (column for column in range(behind, len(text)) if text[column] in self.eos_token_ids)
+            end = next(ends, len(text) - 1) + 1
+            if start == end:
+                raise ValueError("There is nothing to write for a prompt without holes: set `max_completion_length`.")
+            completions.append(text[start:end])
+            self._texts.append(text[prompts.shape[1] - int(lengths[row]) : end])
+        return completions, None
+
+    def _note(self, output: EsoGenerateOutput, is_decided: torch.Tensor) -> None:
+        """Adds the numbers of forwards and tokens to the metrics."""
+        groups = cast(torch.Tensor, output.groups)
+        is_decided_slot = is_decided.gather(1, cast(torch.Tensor, output.orders))
+        forwards = output.forwards_per_row
+        if forwards is None:
+            forwards = groups.masked_fill(~is_decided_slot, 0).amax(dim=-1)
+        tokens = is_decided.sum(dim=-1)
+        gathered = self.accelerator.gather(torch.stack([forwards, tokens], dim=-1)).float()
+        forwards_of_row, tokens_of_row = gathered.unbind(dim=-1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["rollouts/forwards"].append(forwards_of_row.mean().item())
+        metrics["rollouts/tokens"].append(tokens_of_row.mean().item())
+        metrics["rollouts/tokens_per_forward"].append((tokens_of_row.sum() / forwards_of_row.sum()).item())
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        rollouts = cast(Rollouts, self._rollouts)
+        model = self.accelerator.unwrap_model(self.model)
+        # From here on a completion is a whole trajectory, of which only what was drawn counts. (TRL leaves out
+        # completions that were cut off, if told so.)
+        is_counted = output["completion_mask"].any(dim=1, keepdim=True)
+        mask = (rollouts.decided(model.config.mask_token_id) & is_counted).to(output["completion_mask"].dtype)
+        nothing = rollouts.trajectories[:, :0]
+        return output | {
+            "prompt_ids": nothing,
+            "prompt_mask": nothing,
+            "completion_ids": rollouts.trajectories,
+            "completion_mask": mask,
+            "num_items_in_batch": self.accelerator.gather(mask.sum()).sum(),
+            "orders": rollouts.orders,
+            "groups": rollouts.groups,
+            "is_real": rollouts.is_real,
+        }
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        self._rollouts = Rollouts(inputs["completion_ids"], inputs["orders"], inputs["groups"], inputs["is_real"])
+        return super()._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **options: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        """(rows, length) log-probabilities and entropies of the rollouts at hand, in nats, by column."""
+        rollouts = cast(Rollouts, self._rollouts)
+        size = batch_size or len(rollouts.orders)
+        log_probs, entropies = [], []
+        for start in range(0, len(rollouts.orders), size):
+            part = rollouts[start : start + size]
+            with self.accelerator.autocast():
+                scored = model(
+                    input_ids=part.trajectories,
+                    attention_mask=part.is_real,
+                    orders=part.orders,
+                    groups=part.groups,
+                    temperature=self.temperature,
+                    fused_lm_head=True,
+                )
+            log_probs.append(scored.log_probs)
+            entropies.append(scored.entropy)
+        return torch.cat(log_probs), torch.cat(entropies) if compute_entropy else None, None
+
+    def _calculate_rewards(self, inputs: list[dict[str, Any]], *arguments: Any, **options: Any) -> torch.Tensor:
+        if "texts" in inputs[0]:
+            raise ValueError("Reward functions get whole texts as `texts`: call the column of the dataset otherwise.")
+        texts = self.processing_class.batch_decode(self._texts, skip_special_tokens=True)
+        inputs = [example | {"texts": text} for example, text in zip(inputs, texts, strict=True)]
+        return super()._calculate_rewards(inputs, *arguments, **options)
+
+
+def checked_reward(function: Any) -> Any:
+    """A reward function whose failures, and rewards that are no numbers, are errors that say where they come from.
+
+    Reward models, and their names, stay as they are.
+    """
+    if not callable(function) or isinstance(function, nn.Module):
+        return function
+    named = function
+    while hasattr(named, "func"):  # a functools.partial
+        named = named.func
+    name = getattr(named, "__name__", type(named).__name__)
+
+    def failed(error: Exception, prompts: list) -> ValueError:
+        return ValueError(
+            f"The reward function {name!r} failed with {type(error).__name__}: {error}; on {len(prompts)} completions, "
+            f"the first of the prompt {prompts[0]!r}."
+        )
+
+    reward: Callable
+    if inspect.iscoroutinefunction(named) or inspect.iscoroutinefunction(getattr(named, "__call__", None)):
+
+        @wraps(function, updated=())
+        async def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+            try:
+                rewards = await function(prompts=prompts, completions=completions, **columns)
+            except Exception as error:
+                raise failed(error, prompts) from error
+            return _require_numbers(name, rewards, prompts, completions)
+
+    else:
+
+        @wraps(function, updated=())
+        def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
+            try:
+                rewards = function(prompts=prompts, completions=completions, **columns)
+            except Exception as error:
+                raise failed(error, prompts) from error
+            return _require_numbers(name, rewards, prompts, completions)
+
+    reward.__name__ = name
+    return reward
+
+
+def _require_numbers(name: str, rewards: Any, prompts: list, completions: list) -> list[float | None]:
+    """The rewards, a number or None each."""
+    if rewards is None or isinstance(rewards, int | float | str):
+        raise ValueError(f"The reward function {name!r} must return a list of numbers, or None, got {rewards!r}.")
+    rewards, values = list(rewards), []
+    if len(rewards) != len(prompts):
+        raise ValueError(f"The reward function {name!r} returned {len(rewards)} rewards of {len(prompts)} completions.")
+    for reward, prompt, completion in zip(rewards, prompts, completions, strict=True):
+        try:
+            value = None if reward is None else float(reward)
+        except (TypeError, ValueError):
+            value = math.nan
+        if value is not None and not math.isfinite(value):
+            raise ValueError(
+                f"The reward function {name!r} returned {reward!r}, which is no finite number (nor None), for the "
+                f"completion {completion!r} of the prompt {prompt!r}."
+            )
+        values.append(value)
+    return values
+
+
+__all__ = ["EsoGRPOTrainer"]
