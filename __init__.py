@@ -14,6 +14,7 @@ from .batching_manager import EsoBatchingManager
 from .batching_results import EsoRequestOutput
 from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
+from .evaluation_trajectories import EsoTrajectoryOutput, trajectory_log_probs
 from .generation import EsoGenerationMixin
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 from .modeling_eso import EsoForMaskedDiffusion, EsoModel
@@ -42,8 +43,10 @@ __all__ = [
     "EsoModel",
     "EsoNelboOutput",
     "EsoRequestOutput",
+    "EsoTrajectoryOutput",
     "ExponentialMovingAverageCallback",
     "HeldOutEvaluationCallback",
+    "trajectory_log_probs",
 ]
 
 CALLBACKS = ("ExponentialMovingAverageCallback", "HeldOutEvaluationCallback")

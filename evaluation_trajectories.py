@@ -168,6 +168,8 @@ def _check(
         require_shape(name, plan, (batch, length))
     if not torch.equal(orders.sort(dim=-1).values, torch.arange(length, device=orders.device).expand(batch, -1)):
         raise ValueError(f"`orders` must hold permutations of 0 ... {length - 1}, a row for each trajectory.")
+    if (groups[:, 1:] < groups[:, :-1].masked_fill(groups[:, 1:] == 0, 0)).any():
+        raise ValueError("`groups` must not descend along the slots of an order: a group is decided in one piece.")
     is_real = torch.ones_like(trajectories, dtype=torch.bool)
     if attention_mask is not None:
         if attention_mask.shape[1] > length:

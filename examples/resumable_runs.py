@@ -38,6 +38,7 @@ HARMLESS_SETTINGS = {  # a run may go on with others: the weights do not depend 
     *("local_rank", "ddp_timeout", "torch_empty_cache_steps"),
 }
 LENGTH_OF_A_RUN = {"max_steps", "num_train_epochs"}
+LOSSES = {"loss": "training loss", "held_out_nelbo": "held-out NELBO", "eval_loss": "eval loss"}
 ENDLESS_SCHEDULES = {"constant", "constant_with_warmup", "inverse_sqrt"}
 
 
@@ -281,30 +282,39 @@ class NoiseByEpoch(TrainerCallback):
 
 
 class Report(TrainerCallback):
-    """Leaves the metrics as JSON and the losses as a plot beside the checkpoints, at each of them and at the end."""
+    """Leaves the metrics as JSON and a plot of some of them beside the checkpoints, at each of them and at the end.
+
+    Args:
+        curves: Names of metrics, and what the plot calls them; None: the losses.
+        quantity: What they are, the label of the axis.
+        file: The name of the plot.
+    """
+
+    def __init__(self, curves: dict[str, str] | None = None, quantity: str = "nats per token", file: str = "loss.png"):
+        self.curves, self.quantity, self.file = curves or LOSSES, quantity, file
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             folder = Path(args.output_dir)
             (folder / "metrics.json").write_text(json.dumps(state.log_history, indent=1) + "\n", encoding="utf-8")
-            plot_losses(state.log_history, folder / "loss.png")
+            plot_history(state.log_history, self.curves, self.quantity, folder / self.file)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.on_save(args, state, control)
 
 
-def plot_losses(history: list[dict], path: Path) -> None:
-    """Training loss and held-out NELBO against the optimiser step."""
+def plot_history(history: list[dict], curves: dict[str, str], quantity: str, path: Path) -> None:
+    """Metrics of a run against the optimiser step."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.5, 3.6))
     panel = figure.subplots()
-    for name, label in (("loss", "training loss"), ("held_out_nelbo", "held-out NELBO"), ("eval_loss", "eval loss")):
-        points = [(row["step"], row[name]) for row in history if name in row]
+    for name, label in curves.items():
+        points = [(row["step"], row[name]) for row in history if row.get(name) is not None]
         if points:
             panel.plot(*zip(*points, strict=True), marker="." if len(points) < 40 else None, label=label)
     panel.set_xlabel("optimiser steps")
-    panel.set_ylabel("nats per token")
+    panel.set_ylabel(quantity)
     if panel.lines:
         panel.legend(frameon=False)
     figure.tight_layout()
