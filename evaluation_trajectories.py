@@ -133,7 +133,7 @@ def forward_in_place_of(model: EsoLM, forward: Callable) -> Callable:
             "`EsoGRPOTrainer` or `EsoDPOTrainer` in place of TRL's own, or with transformers' `Trainer` and "
             "`DataCollatorForHybridMaskedDiffusion`."
         )
-    original: Any = model.forward  # type: ignore[attr-defined]  # which every module has
+    original: Any = model.forward
 
     @wraps(type(model).forward)  # `generate` and `Trainer` read its signature
     def scoring_forward(self: EsoLM, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:

@@ -313,8 +313,10 @@ class EsoForMaskedDiffusion(
         self.post_init()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # TRL's trainers put a forward of their own in place of the model's, which scores the next token.
-        super().__setattr__(name, forward_in_place_of(self, value) if name == "forward" else value)
+        if name == "forward":
+            # TRL's trainers put one of their own in place of the model's, which scores the next token.
+            value = forward_in_place_of(self, value)
+        super().__setattr__(name, value)
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)

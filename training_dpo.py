@@ -1,6 +1,6 @@
 """DPO for Eso-LMs, on TRL's trainer (an optional dependency: `pip install ".[trl]"`)."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -45,11 +45,9 @@ class EsoDPOTrainer(DPOTrainer):
         require_fraction("alpha_0", alpha_0, or_none=True)
         if args is not None and args.precompute_ref_log_probs:
             raise ValueError("`precompute_ref_log_probs` scores under other orders than those of the steps: unset it.")
-        if args is not None and args.use_liger_kernel:
-            raise ValueError("`use_liger_kernel` scores the next token: unset it.")
         with scores_plans():
             super().__init__(model, ref_model, args, *arguments, **options)
-        config = self.model.config
+        config = cast(Any, self.model).config
         if config.model_type != "eso":
             raise ValueError(f"`model` must be an Eso-LM, got {type(model).__name__}: use TRL's `DPOTrainer`.")
         self.data_collator = DataCollatorForPairsInOrder(
@@ -60,9 +58,9 @@ class EsoDPOTrainer(DPOTrainer):
 class DataCollatorForPairsInOrder:
     """Adds an order of generation to batches of pairs: both answers of a pair are written in the same.
 
-    Token i of an answer has the same phase and the same rank in both, as far as both are that long. Alone, each has the
-    order that `generate` would draw for its length: every token is of the diffusion phase with probability alpha_0,
-    those in uniform order, then the others from left to right.
+    Token i of an answer has the same phase and the same rank in both, as far as both are that long. Alone, each has
+    the order that `generate` would draw for its length: every token is of the diffusion phase with probability
+    alpha_0, those in uniform order, then the others from left to right.
 
     Args:
         collator: TRL's, whose batches hold the preferred answers and then the others.
@@ -82,10 +80,11 @@ class DataCollatorForPairsInOrder:
         rows, length = is_scored.shape
         # Noise of the tokens of an answer by their number in it, shared by the two of a pair.
         number = (is_scored.cumsum(dim=-1) - 1).clamp(min=0)
-        noise = torch.rand(2, rows // 2, length, dtype=torch.float64).repeat(1, 2, 1).gather(-1, number.expand(2, -1, -1))
-        is_diffused, columns = noise[0] < self.alpha_0, torch.arange(length, dtype=torch.float64).expand(rows, -1)
-        kind = torch.where(is_scored, torch.where(is_diffused, 1, 2), torch.where(is_real, 0, 3))
-        orders = order_of_slots(kind, torch.where(kind == 1, noise[1], columns))
+        noise = torch.rand(2, rows // 2, length, dtype=torch.float64).repeat(1, 2, 1)
+        phase, rank = noise.gather(-1, number.expand(2, -1, -1))
+        columns = torch.arange(length, dtype=torch.float64).expand(rows, -1)
+        kind = torch.where(is_scored, torch.where(phase < self.alpha_0, 1, 2), torch.where(is_real, 0, 3))
+        orders = order_of_slots(kind, torch.where(kind == 1, rank, columns))
         return batch | {"orders": orders, "groups": one_by_one(is_scored.gather(1, orders))}
 
 

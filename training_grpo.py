@@ -1,6 +1,5 @@
 """GRPO for Eso-LMs, on TRL's trainer (an optional dependency: `pip install ".[trl]"`)."""
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +11,15 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import disable_dropout_in_model, get_callable_name, is_async_callable
 
 from .evaluation_trajectories import scores_plans
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 
-ROLLOUTS_OF_OTHERS = ("use_vllm", "use_transformers_continuous_batching", "use_liger_kernel")
-TURNS_OF_OTHERS = ("tools", "rollout_func", "environment_factory")
+ROLLOUTS_OF_OTHERS = (
+    *("use_vllm", "use_transformers_continuous_batching"),
+    *("tools", "rollout_func", "environment_factory"),
+)
 
 
 @dataclass
@@ -56,8 +58,8 @@ class EsoGRPOTrainer(GRPOTrainer):
     generation config's. Prompts may have holes, written as the tokenizer's mask: they are filled in, and with
     `max_completion_length=None` nothing follows. Of such a prompt, the completion is all from the first hole on.
 
-    Reward functions get, besides what TRL gives them, `texts`: whole texts, prompts and what was written. They return a
-    number for each, or None where they have nothing to say.
+    Reward functions get, besides what TRL gives them, `texts`: whole texts, prompts and what was written. They return
+    a number for each, or None where they have nothing to say.
 
     Filters (`top_k`, `top_p`, `min_p`, `repetition_penalty`) shape the rollouts and not the likelihood, as in TRL;
     `temperature` shapes both. Dropout is off: the policy that is judged has to be the one that wrote. Three more
@@ -68,8 +70,8 @@ class EsoGRPOTrainer(GRPOTrainer):
         arguments, options: Its others.
 
     Raises:
-        ValueError: for a model that is no Eso-LM, for settings whose rollouts have no plan (adaptive unmasking, a draft
-            head without `lossless`, vLLM, continuous batching, tools, environments, `rollout_func`) and, while
+        ValueError: for a model that is no Eso-LM, for settings whose rollouts have no plan (adaptive unmasking, a
+            draft head without `lossless`, vLLM, continuous batching, tools, environments, `rollout_func`) and, while
             training, for reward functions that fail, or return what is no number.
     """
 
@@ -83,23 +85,28 @@ class EsoGRPOTrainer(GRPOTrainer):
         *arguments: Any,
         **options: Any,
     ):
-        for source, names in ((vars(args) if args is not None else {}, ROLLOUTS_OF_OTHERS), (options, TURNS_OF_OTHERS)):
-            unusable = [name for name in names if source.get(name)]
-            if unusable:
-                raise ValueError(f"`{unusable[0]}` makes rollouts whose plan is not known: leave it unset.")
+        given = options | (vars(args) if args is not None else {})
+        for name in ROLLOUTS_OF_OTHERS:
+            if given.get(name):
+                raise ValueError(f"`{name}` makes rollouts whose plan is not known: leave it unset.")
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
         if reward_funcs is not None:
             reward_funcs = [checked_reward(function) for function in functions]
         with scores_plans():
             super().__init__(model, reward_funcs, args, *arguments, **options)
         for policy in (self.model, self.ref_model):
-            for module in policy.modules() if policy is not None else ():
-                if isinstance(module, nn.Dropout):
-                    module.p = 0.0
+            if policy is not None:
+                disable_dropout_in_model(policy)
         self.generation_config = self._rollout_config()
         if self.max_completion_length is None and self.loss_type == "dr_grpo":
             raise ValueError("`loss_type='dr_grpo'` divides by `max_completion_length`: set it.")
         self._rollouts: Rollouts | None = None
+
+    @property
+    def policy(self) -> Any:
+        """The Eso-LM itself, without what processes and adapters wrap around it."""
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
 
     def _rollout_config(self) -> EsoGenerationConfig:
         """The settings of `generate`.
@@ -107,8 +114,7 @@ class EsoGRPOTrainer(GRPOTrainer):
         Raises:
             ValueError: for those whose rollouts have no likelihood in one pass.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = self.policy
         if model.config.model_type != "eso":
             raise ValueError(f"`model` must be an Eso-LM, got {type(model).__name__}: use TRL's `GRPOTrainer`.")
         settings = {name: value for name, value in self.generation_kwargs.items() if value is not None}
@@ -116,8 +122,8 @@ class EsoGRPOTrainer(GRPOTrainer):
         prepared, _ = model._prepare_generation_config(config)
         if prepared.is_adaptive:
             raise ValueError(
-                "Adaptive unmasking (`confidence_threshold`, `entropy_bound`) has no likelihood in one pass: unset it, "
-                "in `generation_kwargs` and in the model's generation config."
+                "Adaptive unmasking (`confidence_threshold`, `entropy_bound`) has no likelihood in one pass: unset "
+                "it, in `generation_kwargs` and in the model's generation config."
             )
         if not prepared.do_sample:
             raise ValueError("`do_sample=False` writes the same rollout again and again: unset it.")
@@ -135,8 +141,8 @@ class EsoGRPOTrainer(GRPOTrainer):
         Returns:
             The tokens of each completion: behind the prompt, or from its first hole on, and up to the end of the text.
         """
-        model = self.accelerator.unwrap_model(self.model)
-        mask_token_id, device = model.config.mask_token_id, self.accelerator.device
+        mask_token_id, device = self.policy.config.mask_token_id, self.accelerator.device
+        args: Any = self.args
         rows = [torch.tensor(ids, dtype=torch.long) for ids in prompt_ids]
         prompts = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         lengths = torch.tensor([len(ids) for ids in prompt_ids])
@@ -145,8 +151,8 @@ class EsoGRPOTrainer(GRPOTrainer):
             unwrap_model_for_generation(
                 self.model_wrapped,
                 self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                gather_deepspeed3_params=args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
@@ -156,10 +162,11 @@ class EsoGRPOTrainer(GRPOTrainer):
                 attention_mask=is_real.long().to(device),
                 generation_config=self.generation_config,
             )
-        trajectories = cast(torch.Tensor, output.trajectories)
-        is_real = torch.cat([is_real, torch.ones(len(rows), trajectories.shape[1] - prompts.shape[1])], dim=1)
-        self._rollouts = Rollouts(trajectories, output.orders, output.groups, is_real.long().to(device))
-        self._note(output, self._rollouts.decided(mask_token_id))
+        num_new = output.sequences.shape[1] - prompts.shape[1]
+        is_real = torch.cat([is_real, torch.ones(len(rows), num_new, dtype=torch.bool)], dim=1)
+        kept: Any = output
+        self._rollouts = Rollouts(kept.trajectories, kept.orders, kept.groups, is_real.long().to(device))
+        self._note(output)
 
         is_given = is_real[:, : prompts.shape[1]].bool() & (prompts != mask_token_id)
         is_hole = is_real[:, : prompts.shape[1]].bool() & (prompts == mask_token_id)
@@ -176,17 +183,16 @@ class EsoGRPOTrainer(GRPOTrainer):
             self._texts.append(text[prompts.shape[1] - int(lengths[row]) : end])
         return completions, None
 
-    def _note(self, output: EsoGenerateOutput, is_decided: torch.Tensor) -> None:
+    def _note(self, output: EsoGenerateOutput) -> None:
         """Adds the numbers of forwards and tokens to the metrics."""
-        groups = cast(torch.Tensor, output.groups)
-        is_decided_slot = is_decided.gather(1, cast(torch.Tensor, output.orders))
-        forwards = output.forwards_per_row
+        rollouts = cast(Rollouts, self._rollouts)
+        is_decided = rollouts.decided(self.policy.config.mask_token_id)
+        forwards, tokens = output.forwards_per_row, is_decided.sum(dim=-1)
         if forwards is None:
-            forwards = groups.masked_fill(~is_decided_slot, 0).amax(dim=-1)
-        tokens = is_decided.sum(dim=-1)
+            forwards = rollouts.groups.masked_fill(~is_decided.gather(1, rollouts.orders), 0).amax(dim=-1)
         gathered = self.accelerator.gather(torch.stack([forwards, tokens], dim=-1)).float()
         forwards_of_row, tokens_of_row = gathered.unbind(dim=-1)
-        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics = self._metrics["train" if cast(nn.Module, self.model).training else "eval"]
         metrics["rollouts/forwards"].append(forwards_of_row.mean().item())
         metrics["rollouts/tokens"].append(tokens_of_row.mean().item())
         metrics["rollouts/tokens_per_forward"].append((tokens_of_row.sum() / forwards_of_row.sum()).item())
@@ -194,11 +200,10 @@ class EsoGRPOTrainer(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         rollouts = cast(Rollouts, self._rollouts)
-        model = self.accelerator.unwrap_model(self.model)
         # From here on a completion is a whole trajectory, of which only what was drawn counts. (TRL leaves out
         # completions that were cut off, if told so.)
         is_counted = output["completion_mask"].any(dim=1, keepdim=True)
-        mask = (rollouts.decided(model.config.mask_token_id) & is_counted).to(output["completion_mask"].dtype)
+        mask = (rollouts.decided(self.policy.config.mask_token_id) & is_counted).to(output["completion_mask"].dtype)
         nothing = rollouts.trajectories[:, :0]
         return output | {
             "prompt_ids": nothing,
@@ -247,7 +252,7 @@ class EsoGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(self, inputs: list[dict[str, Any]], *arguments: Any, **options: Any) -> torch.Tensor:
         if "texts" in inputs[0]:
             raise ValueError("Reward functions get whole texts as `texts`: call the column of the dataset otherwise.")
-        texts = self.processing_class.batch_decode(self._texts, skip_special_tokens=True)
+        texts = cast(Any, self.processing_class).batch_decode(self._texts, skip_special_tokens=True)
         inputs = [example | {"texts": text} for example, text in zip(inputs, texts, strict=True)]
         return super()._calculate_rewards(inputs, *arguments, **options)
 
@@ -259,19 +264,16 @@ def checked_reward(function: Any) -> Any:
     """
     if not callable(function) or isinstance(function, nn.Module):
         return function
-    named = function
-    while hasattr(named, "func"):  # a functools.partial
-        named = named.func
-    name = getattr(named, "__name__", type(named).__name__)
+    name = get_callable_name(function)
 
     def failed(error: Exception, prompts: list) -> ValueError:
         return ValueError(
-            f"The reward function {name!r} failed with {type(error).__name__}: {error}; on {len(prompts)} completions, "
-            f"the first of the prompt {prompts[0]!r}."
+            f"The reward function {name!r} failed with {type(error).__name__}: {error}; on {len(prompts)} "
+            f"completions, the first of the prompt {prompts[0]!r}."
         )
 
     reward: Callable
-    if inspect.iscoroutinefunction(named) or inspect.iscoroutinefunction(getattr(named, "__call__", None)):
+    if is_async_callable(function):
 
         @wraps(function, updated=())
         async def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
@@ -301,7 +303,9 @@ def _require_numbers(name: str, rewards: Any, prompts: list, completions: list) 
         raise ValueError(f"The reward function {name!r} must return a list of numbers, or None, got {rewards!r}.")
     rewards, values = list(rewards), []
     if len(rewards) != len(prompts):
-        raise ValueError(f"The reward function {name!r} returned {len(rewards)} rewards of {len(prompts)} completions.")
+        raise ValueError(
+            f"The reward function {name!r} returned {len(rewards)} rewards of {len(prompts)} completions."
+        )
     for reward, prompt, completion in zip(rewards, prompts, completions, strict=True):
         try:
             value = None if reward is None else float(reward)

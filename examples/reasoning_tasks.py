@@ -36,7 +36,7 @@ class Arguments:
     num_examples: int = field(default=2000, metadata={"help": "solved ones, to begin with"})
     num_prompts: int = field(default=2000, metadata={"help": "to train on"})
     num_held_out: int = field(default=200, metadata={"help": "prompts for evaluation"})
-    holes: int = field(default=10, metadata={"help": "of a Sudoku, at most: fewer where one more has two solutions"})
+    holes: int = field(default=6, metadata={"help": "of a Sudoku, at most: fewer where one more has two solutions"})
     seed: int = 0
 
 
@@ -137,11 +137,16 @@ def countdown(arguments: Arguments, source: random.Random) -> tuple[list[dict], 
         for numbers in source.choices(sets, k=count):
             value, expression = source.choice(targets(numbers))
             given = " ".join(map(str, source.sample(numbers, len(numbers))))
-            rows.append({"prompt": f"{given} make {value}:", "numbers": numbers, "target": value} | {"way": expression})
+            rows.append(
+                {"prompt": f"{given} make {value}:", "numbers": numbers, "target": value} | {"way": expression}
+            )
         return rows
 
     examples = [{"text": f"{row['prompt']} {row['way']}"} for row in tasks(sets[:third], arguments.num_examples)]
-    train, held_out = tasks(sets[third : 2 * third], arguments.num_prompts), tasks(sets[2 * third :], arguments.num_held_out)
+    train, held_out = (
+        tasks(sets[third : 2 * third], arguments.num_prompts),
+        tasks(sets[2 * third :], arguments.num_held_out),
+    )
     return examples, train, held_out
 
 
@@ -180,7 +185,9 @@ def countdown_solved(
 ) -> list[float]:
     """1 for an expression that comes to the target, 0.1 for one that uses the numbers once each, 0 otherwise."""
     values = [value_of(text, given) for text, given in zip(completions, numbers, strict=True)]
-    return [0.0 if value is None else 1.0 if value == goal else 0.1 for value, goal in zip(values, target, strict=True)]
+    return [
+        0.0 if value is None else 1.0 if value == goal else 0.1 for value, goal in zip(values, target, strict=True)
+    ]
 
 
 def _peers(cell: int) -> list[int]:

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from adapters import AdapterArguments, lora_config
+from datasets import Dataset
 from resumable_runs import NoiseByEpoch, Report, checkpoint_to_go_on_from, train_or_go_on
-from text_data import with_special_tokens
+from text_data import load_lines, with_special_tokens
 from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -36,7 +37,7 @@ IGNORED_LABEL = -100
 
 
 @dataclass
-class Arguments:
+class Arguments(AdapterArguments):
     """What to tune, and on what."""
 
     model: str = field(metadata={"help": "name or folder of the Eso-LM"})
@@ -46,9 +47,6 @@ class Arguments:
     alpha_0: float | None = field(default=None, metadata={"help": "to tune at; unset: the model's own"})
     evaluate_every: int = field(default=200, metadata={"help": "optimiser steps between held-out evaluations"})
 
-    lora_rank: int | None = field(default=None, metadata={"help": "train LoRA adapters of this rank; unset: all"})
-    lora_alpha: int | None = field(default=None, metadata={"help": "their scale; unset: twice the rank"})
-    lora_modules: str = field(default="all-linear", metadata={"help": "'all-linear', or names with commas between"})
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: frozen weights in 4 bits (bitsandbytes)"})
     merge: bool = field(default=False, metadata={"help": "save the model with the adapters merged into it"})
 
@@ -105,17 +103,11 @@ def load_model(arguments: Arguments) -> PreTrainedModel:
     model = AutoModelForMaskedLM.from_pretrained(arguments.model, **options)
     if arguments.lora_rank is None:
         return model
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
     if arguments.load_in_4bit:
         model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
-    modules = arguments.lora_modules
-    lora = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
-        target_modules=modules if modules == "all-linear" else modules.split(","),
-    )
-    return get_peft_model(model, lora)
+    return get_peft_model(model, lora_config(arguments))
 
 
 def load_examples(name: str, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
@@ -124,27 +116,13 @@ def load_examples(name: str, tokenizer: PreTrainedTokenizerBase, length: int) ->
     Raises:
         ValueError: for a file that is not there or of another form, and when no example has a completion in `length`.
     """
-    if not Path(name).is_file():
-        raise ValueError(f"There is no file {name}.")
-    if not Path(name).read_text(encoding="utf-8").strip():
-        raise ValueError(f"{name} must hold examples, and is empty.")
-    data = load_dataset("json", data_files=name, split="train")
-    needed = ["messages"] if "messages" in data.column_names else ["prompt", "completion"]
-    if "messages" in data.column_names:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                f"{name} holds chats, and the tokenizer has no chat template: set `tokenizer.chat_template`."
-            )
-        encode = encode_chat
-    elif {"prompt", "completion"} <= set(data.column_names):
-        encode = encode_completion
-    else:
-        raise ValueError(f"{name} must have the fields `prompt` and `completion`, or `messages`: {data.column_names}.")
+    data = load_lines(name, ("messages",), ("prompt", "completion"))
+    is_chat = "messages" in data.column_names
+    if is_chat and tokenizer.chat_template is None:
+        raise ValueError(f"{name} holds chats, and the tokenizer has no chat template: set `tokenizer.chat_template`.")
+    encode = encode_chat if is_chat else encode_completion
 
     def to_example(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        absent = [field for field in needed if row[field] is None]
-        if absent:
-            raise ValueError(f"Example {index} of {name} lacks {absent}.")
         input_ids, is_given = encode(row, tokenizer)
         if tokenizer.mask_token_id in input_ids:
             raise ValueError(f"Example {index} of {name} holds the mask {tokenizer.mask_token!r}: take it out.")

@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, load_dataset
+from adapters import AdapterArguments, lora_config
+from datasets import Dataset
 from reasoning_tasks import REWARDS
 from resumable_runs import Report, checkpoint_to_go_on_from, train_or_go_on
-from text_data import fill_in_masks, with_special_tokens
+from text_data import fill_in_masks, load_lines, with_special_tokens
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig
 
@@ -30,7 +31,7 @@ ROLLOUT_SETTINGS = ("alpha_0", "num_diffusion_steps", "unmasking_order", "block_
 
 
 @dataclass
-class Arguments:
+class Arguments(AdapterArguments):
     """What to train, on what, and for what."""
 
     model: str = field(metadata={"help": "name or folder of the Eso-LM to begin with"})
@@ -46,12 +47,6 @@ class Arguments:
     unmasking_order: str | None = field(default=None, metadata={"help": "random, strided or left_to_right"})
     block_length: int | None = field(default=None, metadata={"help": "of blocks that are written left to right"})
     lossless: bool = field(default=False, metadata={"help": "rollouts as if written one token a forward, in fewer"})
-
-    lora_rank: int | None = field(default=None, metadata={"help": "train LoRA adapters of this rank; unset: all"})
-    lora_alpha: int | None = field(default=None, metadata={"help": "their scale; unset: twice the rank"})
-    lora_modules: str = field(
-        default="q_proj,k_proj,v_proj,o_proj,up_proj,down_proj", metadata={"help": "names with commas between"}
-    )
 
 
 @dataclass
@@ -72,7 +67,9 @@ class ReinforcementArguments(GRPOConfig):
         super().__post_init__()
 
 
-def main(arguments: Arguments, training: ReinforcementArguments) -> None:
+def main(
+    arguments: Arguments, training: ReinforcementArguments, trainer_class: type[EsoGRPOTrainer] = EsoGRPOTrainer
+) -> None:
     rewards = [load_reward(name) for name in arguments.reward.split(",")]
     if training.generation_kwargs:
         raise ValueError(f"`generation_kwargs` is made of the arguments {ROLLOUT_SETTINGS}: set those.")
@@ -84,15 +81,17 @@ def main(arguments: Arguments, training: ReinforcementArguments) -> None:
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = AutoModelForMaskedLM.from_pretrained(arguments.model)
     files = (arguments.train_file, arguments.held_out_file)
-    data, held_out = (None if name is None else load_prompts(name, tokenizer, arguments.begin_of_text) for name in files)
-    trainer = EsoGRPOTrainer(
+    data, held_out = (
+        None if name is None else load_prompts(name, tokenizer, arguments.begin_of_text) for name in files
+    )
+    trainer = trainer_class(
         model,
         rewards,
         training,
         train_dataset=data,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=make_lora(arguments),
+        peft_config=lora_config(arguments),
     )
     trainer.add_callback(Report({"reward": "rollouts", "eval_reward": "held-out"}, "reward", "reward.png"))
     train_or_go_on(trainer, checkpoint)
@@ -124,13 +123,7 @@ def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, begin_of_text: b
     Raises:
         ValueError: for a file that is not there, that holds no prompts, and for chats without a chat template.
     """
-    if not Path(name).is_file():
-        raise ValueError(f"There is no file {name}.")
-    if not Path(name).read_text(encoding="utf-8").strip():
-        raise ValueError(f"{name} must hold prompts, and is empty.")
-    data = load_dataset("json", data_files=name, split="train")
-    if "prompt" not in data.column_names:
-        raise ValueError(f"{name} must have the field `prompt`: {data.column_names}.")
+    data = load_lines(name, ("prompt",))
     begin = (tokenizer.bos_token or tokenizer.eos_token) if begin_of_text else ""
 
     def to_prompt(row: dict[str, Any], index: int) -> dict[str, Any]:
@@ -142,19 +135,6 @@ def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, begin_of_text: b
         return {"prompt": begin + fill_in_masks(prompt, tokenizer.mask_token) if isinstance(prompt, str) else prompt}
 
     return data.map(to_prompt, with_indices=True, desc="Prompts")
-
-
-def make_lora(arguments: Arguments) -> Any:
-    """The adapters to train; None: all weights."""
-    if arguments.lora_rank is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=arguments.lora_alpha or 2 * arguments.lora_rank,
-        target_modules=arguments.lora_modules.split(","),
-    )
 
 
 def parse_args(arguments: list[str] | None = None) -> tuple[Arguments, ReinforcementArguments]:

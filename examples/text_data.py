@@ -123,6 +123,28 @@ def load_texts(name: str, config: str | None = None, split: str = "train", colum
     return texts
 
 
+def load_lines(name: str, *forms: tuple[str, ...]) -> Dataset:
+    """The lines of a JSONL file, which have the fields of one of these forms: the first that it has.
+
+    Raises:
+        ValueError: for a file that is not there, empty, or of no such form, and for a line that lacks a field.
+    """
+    if not Path(name).is_file():
+        raise ValueError(f"There is no file {name}.")
+    if not Path(name).read_text(encoding="utf-8").strip():
+        raise ValueError(f"{name} must hold examples, and is empty.")
+    data = load_dataset("json", data_files=name, split="train")
+    form = next((fields for fields in forms if set(fields) <= set(data.column_names)), None)
+    if form is None:
+        wanted = ", or ".join(" and ".join(f"`{field}`" for field in fields) for fields in forms)
+        raise ValueError(f"{name} must have the fields {wanted}: {data.column_names}.")
+    for index, row in enumerate(data.select_columns(list(form))):
+        absent = [field for field in form if row[field] is None]
+        if absent:
+            raise ValueError(f"Example {index} of {name} lacks {absent}.")
+    return data
+
+
 def write_texts(path: Path, texts: list[str]) -> None:
     """Writes texts as a file of JSON lines that `load_texts` reads."""
     with path.open("w", encoding="utf-8") as file:

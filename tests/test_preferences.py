@@ -101,7 +101,8 @@ def test_answers_have_their_exact_likelihood(folder, tmp_path, alpha_0, adapters
     trainer.train()
     batch, row = seen[0], trainer.state.log_history[0]
     # One of the prompts is empty: a column of padding stands before its answers, which TRL does not look at.
-    assert batch["input_ids"].shape[1] == batch["orders"].shape[1] and not batch["attention_mask"][:, 0].any()
+    assert batch["input_ids"].shape[1] == batch["orders"].shape[1]
+    assert not batch["attention_mask"][:, 0].any()
     expected = (
         AutoModel.from_pretrained(folder)
         .log_likelihood(
@@ -125,7 +126,8 @@ def test_preferences_are_learned(folder, tmp_path):
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
-    assert rows[-1]["loss"] < 0.4 and rows[-1]["rewards/margins"] > 0.5
+    assert rows[-1]["loss"] < 0.4
+    assert rows[-1]["rewards/margins"] > 0.5
     assert all(math.isfinite(value) for row in rows for value in row.values())
 
 
@@ -137,7 +139,8 @@ def test_settings_of_trl_train(folder, tmp_path, settings):
     trainer = make_trainer(folder, tmp_path, max_steps=2, **settings)
     trainer.train()
     row = trainer.state.log_history[0]
-    assert math.isfinite(row["loss"]) and row["grad_norm"] > 0
+    assert math.isfinite(row["loss"])
+    assert row["grad_norm"] > 0
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(folder, tmp_path):

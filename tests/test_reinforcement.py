@@ -142,7 +142,7 @@ def plans_of_three(alpha_0, epsilon=1e-3):
 
 
 def log_probs_by_hand(model, texts, order, sizes):
-    """log p of every text (texts, 3) behind a given token 0 under a plan: a forward for each group, no second stream."""
+    """log p of every text (texts, 3) behind a given token 0, under a plan: a forward for each group, in one stream."""
     total, decided = torch.zeros(len(texts)), []
     for size in sizes:
         group = order[len(decided) : len(decided) + size]
@@ -273,7 +273,8 @@ def test_trajectories_have_the_log_probabilities_that_they_were_drawn_with(mode,
     assert (is_decided & ~is_written).any() == (mode != "left to right")
     assert not is_decided[output.trajectories == MASK].any()
     ended = (output.sequences != output.trajectories).any(dim=1)
-    assert ended.any() and not ended.all()
+    assert ended.any()
+    assert not ended.all()
 
 
 def test_a_trajectory_that_has_not_ended_has_the_likelihood_of_the_sampler():
@@ -342,7 +343,7 @@ def test_plans_that_do_not_fit_are_refused():
         trajectory_log_probs(model, ids, orders, torch.ones(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match=r"`orders` must hold permutations of 0 \.\.\. 4"):
         trajectory_log_probs(model, ids, orders.clamp(max=3), torch.ones(2, 5, dtype=torch.long))
-    with pytest.raises(ValueError, match="`attention_mask` must be .* at most 5 columns, got 6"):
+    with pytest.raises(ValueError, match=r"`attention_mask` must be .* at most 5 columns, got 6"):
         trajectory_log_probs(model, ids, orders, orders, torch.ones(2, 6))
     with pytest.raises(ValueError, match="`groups` must not descend"):
         trajectory_log_probs(model, ids, orders, torch.tensor([2, 1, 3, 3, 4]).expand(2, -1))
@@ -360,10 +361,11 @@ def test_at_first_the_ratio_is_one_and_the_divergence_zero(policy, tmp_path, mod
     )
     recorded = []
     note = trainer._note
-    trainer._note = lambda output, is_decided: (recorded.append(output), note(output, is_decided))
+    trainer._note = lambda output: (recorded.append(output), note(output))
     batch, log_probs, _ = rolled_out(trainer)
     mask = batch["completion_mask"].bool()
-    assert mask.any(dim=1).all() and log_probs.requires_grad
+    assert mask.any(dim=1).all()
+    assert log_probs.requires_grad
     ratio = (log_probs - batch["old_per_token_logps"])[mask].exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
     difference = (batch["ref_per_token_logps"] - log_probs)[mask]
@@ -377,17 +379,18 @@ def test_at_first_the_ratio_is_one_and_the_divergence_zero(policy, tmp_path, mod
 def test_dropout_is_off_in_the_policy_and_in_its_reference(policy, tmp_path):
     assert policy[0].config.hidden_dropout == 0.3
     trainer = make_trainer(policy, tmp_path, beta=0.1)
-    rates = [module.p for model in (trainer.model, trainer.ref_model) for module in model.modules() if hasattr(module, "p")]
-    assert rates and set(rates) == {0.0}
+    rates = [
+        module.p for model in (trainer.model, trainer.ref_model) for module in model.modules() if hasattr(module, "p")
+    ]
+    assert rates
+    assert set(rates) == {0.0}
 
 
 def test_a_broken_group_horizon_is_seen(policy, tmp_path, monkeypatch):
     trainer = make_trainer(policy, tmp_path, generation_kwargs=MODES["parallel"])
     batch, right, _ = rolled_out(trainer)
     states_at = eso_lm.evaluation_trajectories.states_at
-    monkeypatch.setattr(
-        eso_lm.evaluation_trajectories, "states_at", lambda *inputs: states_at(*inputs[:8], None)
-    )
+    monkeypatch.setattr(eso_lm.evaluation_trajectories, "states_at", lambda *inputs: states_at(*inputs[:8], None))
     broken, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, None, None, None)
     assert (broken - right)[batch["completion_mask"].bool()].abs().max() > 1e-2
 
@@ -409,7 +412,8 @@ def test_what_a_reward_gets(policy, tmp_path):
         assert completion == tokenizer.decode(ids, skip_special_tokens=True)
         holes = prompt.count(tokenizer.mask_token)
         behind = tokenizer(prompt[first:])["input_ids"]
-        assert len(ids) <= 5 + len(behind) and (holes == 0 or len(ids) >= len(behind))
+        assert len(ids) <= 5 + len(behind)
+        assert holes == 0 or len(ids) >= len(behind)
         if holes:  # what is given behind a hole stays
             assert completion.startswith(prompt[first:].rsplit(tokenizer.mask_token, 1)[1], completion.find(" the"))
         assert prompt == data["prompt"][number - 10]
@@ -430,11 +434,12 @@ def test_forwards_are_counted(policy, tmp_path):
     model, tokenizer, data = policy
     trainer = make_trainer(
         (model, tokenizer, data.select([0, 2])), tmp_path, max_completion_length=12,
-        generation_kwargs={"alpha_0": 1.0, "num_diffusion_steps": 3, "unmasking_order": "strided", "eos_token_id": None},
+        generation_kwargs={"alpha_0": 1.0, "num_diffusion_steps": 3, "unmasking_order": "strided"},
     )  # fmt: skip
     trainer.train()
     row = trainer.state.log_history[0]
-    assert row["rollouts/forwards"] == 3 and row["rollouts/tokens"] == 12
+    assert row["rollouts/forwards"] == 3
+    assert row["rollouts/tokens"] == 12
     assert row["rollouts/tokens_per_forward"] == pytest.approx(4)
 
 
@@ -445,12 +450,15 @@ def test_tokens_behind_the_end_count_and_texts_end_there(tmp_path):
         train_dataset=Dataset.from_dict({"prompt": ["a", "b a"]}), processing_class=tokenizer,
     )  # fmt: skip
     seen = []
-    trainer.reward_funcs = [lambda completion_ids, **columns: seen.extend(completion_ids) or [0.0] * len(completion_ids)]
+    trainer.reward_funcs = [
+        lambda completion_ids, **columns: seen.extend(completion_ids) or [0.0] * len(completion_ids)
+    ]
     batch, *_ = rolled_out(trainer, [row for row in trainer.train_dataset for _ in range(8)])
     assert all(ids.index(END) == len(ids) - 1 for ids in seen if END in ids)
     lengths = torch.tensor([len(ids) for ids in seen])
     counted = batch["completion_mask"].sum(dim=1)
-    assert (counted >= lengths).all() and (counted > lengths).any()
+    assert (counted >= lengths).all()
+    assert (counted > lengths).any()
     assert batch["num_items_in_batch"] == counted.sum()
 
 
@@ -463,7 +471,8 @@ def test_completions_that_were_cut_off_are_left_out_if_asked(tmp_path):
     )  # fmt: skip
     batch, *_ = rolled_out(trainer, [trainer.train_dataset[0]] * 32)
     has_end = (batch["completion_ids"][:, 1:] == END).any(dim=1)
-    assert has_end.any() and not has_end.all()
+    assert has_end.any()
+    assert not has_end.all()
     assert torch.equal(batch["completion_mask"].any(dim=1), has_end)
 
 
@@ -479,7 +488,8 @@ def test_settings_of_trl_train(policy, tmp_path, settings):
     before = {name: weight.clone() for name, weight in trainer.model.named_parameters()}
     trainer.train()
     logged = [row for row in trainer.state.log_history if "loss" in row]
-    assert len(logged) == 3 and all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in logged)
+    assert len(logged) == 3
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in logged)
     assert any((weight != before[name]).any() for name, weight in trainer.model.named_parameters())
 
 
@@ -497,7 +507,8 @@ def test_a_reward_is_learned(tmp_path):
     )  # fmt: skip
     trainer.train()
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
-    assert rewards[0] < 0.5 and sum(rewards[-3:]) / 3 > 0.9
+    assert rewards[0] < 0.5
+    assert sum(rewards[-3:]) / 3 > 0.9
 
 
 def test_evaluation_has_rollouts_of_its_own(policy, tmp_path):
@@ -507,7 +518,8 @@ def test_evaluation_has_rollouts_of_its_own(policy, tmp_path):
         train_dataset=data, eval_dataset=data, processing_class=tokenizer,
     )  # fmt: skip
     metrics = trainer.evaluate()
-    assert metrics["eval_reward"] > 0 and math.isfinite(metrics["eval_loss"])
+    assert metrics["eval_reward"] > 0
+    assert math.isfinite(metrics["eval_loss"])
     assert "eval_rollouts/forwards" in metrics
 
 
@@ -527,7 +539,8 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(folder, policy, tmp_pa
     others = dict(resumed.model.named_parameters())
     assert all(torch.equal(weight, others[name]) for name, weight in whole.model.named_parameters())
     rewards = [[row["reward"] for row in run.state.log_history if "reward" in row] for run in (whole, resumed)]
-    assert rewards[0] == rewards[1] and len(rewards[0]) == 4
+    assert rewards[0] == rewards[1]
+    assert len(rewards[0]) == 4
 
 
 def test_a_trained_policy_is_saved_and_loaded_by_name(folder, policy, tmp_path):
@@ -634,7 +647,9 @@ def test_trls_own_trainer_is_refused_before_it_trains(policy, tmp_path):
 
 def test_draft_heads_write_rollouts_only_where_they_do_not_change_what_is_drawn(policy, tmp_path):
     model, tokenizer, data = policy
-    headed = randomized_model(draft_rank=4, **{"vocab_size": model.config.vocab_size, "mask_token_id": model.config.mask_token_id})
+    headed = randomized_model(
+        draft_rank=4, **{"vocab_size": model.config.vocab_size, "mask_token_id": model.config.mask_token_id}
+    )
     policy = (headed, tokenizer, data)
     with pytest.raises(ValueError, match="`use_draft_head=True` is for `lossless` rollouts"):
         make_trainer(policy, tmp_path, generation_kwargs={"use_draft_head": True, "num_diffusion_steps": 2})
@@ -658,7 +673,8 @@ def test_chats_are_rolled_out(policy, tmp_path):
 
     make_trainer((model, tokenizer, chats), tmp_path, reward, max_steps=1).train()
     prompt, completion, text = seen[0]
-    assert prompt[0]["content"] == "The quick?" and completion[0]["role"] == "assistant"
+    assert prompt[0]["content"] == "The quick?"
+    assert completion[0]["role"] == "assistant"
     assert text == "user: The quick?\nassistant:" + completion[0]["content"]
 
 

@@ -157,7 +157,7 @@ def test_chats_need_a_tokenizer_that_knows_places():
 @pytest.mark.parametrize(
     ("lines", "changes", "message"),
     [
-        ([{"text": "a"}], {}, "must have the fields `prompt` and `completion`"),
+        ([{"text": "a"}], {}, "must have the fields `messages`, or `prompt` and `completion`"),
         ([{"messages": [{"role": "user", "content": "a"}]}], {}, "set `tokenizer.chat_template`"),
         (completions(), {"length": 2}, "has a completion within `length=2`"),
         (completions(), {"merge": True}, "set `lora_rank` too"),

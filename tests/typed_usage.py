@@ -30,8 +30,10 @@ from eso_lm import (
     EsoModel,
     EsoNelboOutput,
     EsoRequestOutput,
+    EsoTrajectoryOutput,
     ExponentialMovingAverageCallback,
     HeldOutEvaluationCallback,
+    trajectory_log_probs,
 )
 
 
@@ -136,6 +138,17 @@ def score(model: EsoLikelihoodMixin, input_ids: torch.Tensor, mask: torch.Tensor
     assert_type(nelbo.nelbo, torch.Tensor)
     assert_type(nelbo.standard_error, torch.Tensor | None)
     return nelbo.nelbo + likelihood.log_likelihood
+
+
+def reinforce(model: EsoForMaskedDiffusion, output: EsoGenerateOutput) -> torch.Tensor:
+    assert_type(output.trajectories, torch.Tensor | None)
+    if output.trajectories is None or output.orders is None or output.groups is None:
+        raise ValueError
+    scored = trajectory_log_probs(model, output.trajectories, output.orders, output.groups, temperature=0.7)
+    assert_type(scored, EsoTrajectoryOutput)
+    assert_type(scored.entropy, torch.Tensor | None)
+    trajectory_log_probs(model, output.trajectories)  # type: ignore[call-arg]
+    return output.trajectories if scored.log_probs is None else scored.log_probs
 
 
 def train(model: EsoForMaskedDiffusion, tokenizer: PreTrainedTokenizerBase, texts: list[dict[str, list[int]]]) -> None:
