@@ -1,7 +1,7 @@
 """Two processes of this machine: tensor parallelism, fully sharded training, and generation in step."""
 
 import pytest
-from tiny_models import randomized_model
+from tiny_models import randomized_model, save_with_tokenizer
 from two_processes import run_on_two_processes
 
 pytestmark = pytest.mark.slow
@@ -111,6 +111,51 @@ print("agreed")
 """
 
 
+REINFORCED = """
+import sys
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from transformers import AutoModel, AutoTokenizer
+from trl import GRPOConfig
+from eso_lm.training_grpo import EsoGRPOTrainer
+
+torch.set_num_threads(1)
+written = []
+
+def reward(completions, **columns):
+    written.append(completions)
+    return [float(len(set(text))) for text in completions]
+
+arguments = GRPOConfig(
+    sys.argv[1] + "/run", use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=4, num_generations=4,
+    max_completion_length=6, max_steps=3, learning_rate=1e-3, beta=0.1, save_strategy="no", logging_steps=1,
+    gradient_checkpointing=False, generation_kwargs={"alpha_0": 0.5, "num_diffusion_steps": 3},
+)
+trainer = EsoGRPOTrainer(
+    AutoModel.from_pretrained(sys.argv[1]), reward, arguments,
+    train_dataset=Dataset.from_dict({"prompt": ["The quick", "fox"]}),
+    processing_class=AutoTokenizer.from_pretrained(sys.argv[1]),
+)
+trainer.train()
+weights = torch.cat([weight.detach().flatten() for weight in trainer.policy.parameters()])
+others = [torch.empty_like(weights) for _ in range(2)]
+dist.all_gather(others, weights)
+assert torch.equal(*others), "one policy"
+gathered = [None, None]
+dist.all_gather_object(gathered, written)
+assert gathered[0] != gathered[1], "rollouts of their own"
+assert all(len(texts) == 4 for texts in written)
+if dist.get_rank() == 0:
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    assert abs(rows[0]["kl"]) < 1e-5 and rows[0]["grad_norm"] > 0
+    everything = [float(len(set(text))) for process in gathered for text in process[0]]
+    assert abs(rows[0]["reward"] - sum(everything) / 8) < 1e-4, "rewards of both"
+dist.barrier()
+print("agreed")
+"""
+
+
 def agree_on_two_processes(script: str, tmp_path) -> None:
     randomized_model().save_pretrained(tmp_path / "model")
     (tmp_path / "script.py").write_text(script)
@@ -127,3 +172,9 @@ def test_a_fully_sharded_model_learns_like_a_whole_one(tmp_path):
 
 def test_processes_that_end_early_keep_step(tmp_path):
     agree_on_two_processes(IN_STEP, tmp_path)
+
+
+def test_rollouts_of_two_processes_train_one_policy(tmp_path):
+    save_with_tokenizer(tmp_path / "model")
+    (tmp_path / "script.py").write_text(REINFORCED)
+    assert run_on_two_processes(tmp_path / "script.py", tmp_path / "model").stdout.count("agreed") == 2
