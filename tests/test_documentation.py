@@ -23,6 +23,7 @@ WITH_SNIPPETS = [
     "docs/how-it-works.md",
     "docs/training.md",
     "docs/fine-tuning.md",
+    "docs/reinforcement.md",
     "docs/adaptation.md",
     "docs/generation.md",
     "docs/lossless-decoding.md",

@@ -376,6 +376,34 @@ def test_at_first_the_ratio_is_one_and_the_divergence_zero(policy, tmp_path, mod
     torch.testing.assert_close(log_probs[is_written], recorded[0].log_probs[is_written], atol=2e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("adapters", [False, True])
+def test_after_training_rollouts_are_still_those_of_the_policy(policy, tmp_path, adapters):
+    """What decoding keeps of the weights, for speed, is that of the weights as they are now."""
+    lora = LoraConfig(target_modules="all-linear") if adapters else None
+    trainer = make_trainer(
+        policy, tmp_path, peft_config=lora, learning_rate=3e-2, max_steps=3, generation_kwargs=MODES["parallel"]
+    )
+    recorded, note = [], trainer._note
+    trainer._note = lambda output: (recorded.append(output), note(output))
+    _, before, _ = rolled_out(trainer)
+    trainer.train()
+    _, log_probs, _ = rolled_out(trainer)
+    is_written = recorded[-1].unmasking_steps > 0
+    torch.testing.assert_close(log_probs[is_written], recorded[-1].log_probs[is_written], atol=2e-5, rtol=1e-4)
+    rollouts = trainer._rollouts
+    trainer._rollouts = Rollouts(recorded[0].trajectories, recorded[0].orders, recorded[0].groups, rollouts.is_real)
+    moved, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, None, None, None)
+    assert (moved - before).abs().max() > 0.1
+
+
+def test_half_precision_trains(policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path, bf16=True, num_iterations=2, generation_kwargs=MODES["parallel"])
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+
+
 def test_dropout_is_off_in_the_policy_and_in_its_reference(policy, tmp_path):
     assert policy[0].config.hidden_dropout == 0.3
     trainer = make_trainer(policy, tmp_path, beta=0.1)
