@@ -404,6 +404,28 @@ def test_half_precision_trains(policy, tmp_path):
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
 
 
+def test_the_temperature_is_that_of_the_rollouts(policy, tmp_path):
+    model, tokenizer, data = policy
+    trainer = make_trainer(
+        (model, tokenizer, data.select([0, 2])), tmp_path, temperature=0.5, max_completion_length=4,
+        generation_kwargs=MODES["parallel"],
+    )  # fmt: skip
+    assert trainer.generation_config.temperature == 0.5
+    batch, log_probs, entropies = rolled_out(trainer)
+    rollouts = trainer._rollouts
+    scored = model.log_likelihood(
+        rollouts.trajectories,
+        attention_mask=rollouts.is_real,
+        context_mask=1 - batch["completion_mask"],
+        orders=rollouts.orders[:, None],
+        groups=rollouts.groups[:, None],
+        temperature=0.5,
+        num_diffusion_steps=3,
+    )
+    torch.testing.assert_close(log_probs, scored.token_log_probs[:, 0], atol=2e-5, rtol=1e-4)
+    assert (entropies[batch["completion_mask"] == 1] > 0).all()
+
+
 def test_dropout_is_off_in_the_policy_and_in_its_reference(policy, tmp_path):
     assert policy[0].config.hidden_dropout == 0.3
     trainer = make_trainer(policy, tmp_path, beta=0.1)
@@ -671,6 +693,8 @@ def test_trls_own_trainer_is_refused_before_it_trains(policy, tmp_path):
     with pytest.raises(ValueError, match="train with `EsoGRPOTrainer` or `EsoDPOTrainer` in place of TRL's own"):
         GRPOTrainer(model, length_reward, arguments(tmp_path), train_dataset=data, processing_class=tokenizer)
     make_trainer(policy, tmp_path)  # and ours may follow
+    with pytest.raises(ValueError, match="in place of TRL's own"):
+        GRPOTrainer(model, length_reward, arguments(tmp_path), train_dataset=data, processing_class=tokenizer)
 
 
 def test_draft_heads_write_rollouts_only_where_they_do_not_change_what_is_drawn(policy, tmp_path):
