@@ -4,10 +4,11 @@ import json
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -156,6 +157,21 @@ def write_atomically(path: Path, content: Any) -> None:
         file.flush()
         os.fsync(file.fileno())
     unfinished.replace(path)
+
+
+@dataclass
+class PostTrainingDefaults:
+    """Defaults for recipes on TRL's trainers, to stand before one of its configurations; every one may be set."""
+
+    gradient_checkpointing: bool = False
+    save_steps: float = 100
+    save_total_limit: int | None = 3
+    logging_steps: float = 10
+
+    def __post_init__(self):
+        if self.bf16 is None and not torch.cuda.is_available():
+            self.bf16 = False  # TRL's own default stops where there is no GPU
+        super().__post_init__()
 
 
 class WholeCheckpoints(TrainerCallback):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from adapters import AdapterArguments, lora_config
-from resumable_runs import Report, checkpoint_to_go_on_from, train_or_go_on
+from resumable_runs import PostTrainingDefaults, Report, checkpoint_to_go_on_from, train_or_go_on
 from text_data import load_lines, with_special_tokens
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, set_seed
 from trl import DPOConfig
@@ -32,18 +32,8 @@ class Arguments(AdapterArguments):
 
 
 @dataclass
-class PreferenceArguments(DPOConfig):
+class PreferenceArguments(PostTrainingDefaults, DPOConfig):
     """TRL's DPOConfig with defaults that suit a recipe; every one may be set."""
-
-    gradient_checkpointing: bool = False
-    save_steps: float = 100
-    save_total_limit: int | None = 3
-    logging_steps: float = 10
-
-    def __post_init__(self):
-        if self.bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False  # TRL's own default stops where there is no GPU
-        super().__post_init__()
 
 
 def main(arguments: Arguments, training: PreferenceArguments) -> None:

@@ -20,7 +20,7 @@ import torch
 from adapters import AdapterArguments, lora_config
 from datasets import Dataset
 from reasoning_tasks import REWARDS
-from resumable_runs import Report, checkpoint_to_go_on_from, train_or_go_on
+from resumable_runs import PostTrainingDefaults, Report, checkpoint_to_go_on_from, train_or_go_on
 from text_data import fill_in_masks, load_lines, with_special_tokens
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig
@@ -50,21 +50,12 @@ class Arguments(AdapterArguments):
 
 
 @dataclass
-class ReinforcementArguments(GRPOConfig):
+class ReinforcementArguments(PostTrainingDefaults, GRPOConfig):
     """TRL's GRPOConfig with defaults that suit a recipe; every one may be set."""
 
     max_completion_length: int | None = field(
         default=64, metadata={"help": "tokens after a prompt; 0: only its holes are filled in"}
     )
-    gradient_checkpointing: bool = False
-    save_steps: float = 100
-    save_total_limit: int | None = 3
-    logging_steps: float = 10
-
-    def __post_init__(self):
-        if self.bf16 is None and not torch.cuda.is_available():
-            self.bf16 = False  # TRL's own default stops where there is no GPU
-        super().__post_init__()
 
 
 def main(
