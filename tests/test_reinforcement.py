@@ -254,7 +254,7 @@ def test_trajectories_are_scored_as_group_by_group(alpha_0):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("backbone", [None, "llama"])
+@pytest.mark.parametrize("backbone", [None, "llama", "opt"])  # OPT has learned positions
 def test_trajectories_have_the_log_probabilities_that_they_were_drawn_with(mode, backbone):
     model = randomized_model(**({} if backbone is None else {"backbone_config": backbone_config(backbone)}))
     prompts, mask = random_batch(model, 32, 4), torch.ones(32, 4, dtype=torch.long)
