@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import wraps
 from inspect import signature
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
@@ -104,6 +105,27 @@ def trajectory_log_probs(
     )
 
 
+def require_reference(model: Any, adapters: Any) -> None:
+    """Raises a ValueError where TRL would read the reference of a model from where it was loaded, and it was not."""
+    is_tuned_apart = adapters is not None or hasattr(model, "peft_config")
+    if not isinstance(model, str) and not is_tuned_apart and not model.config._name_or_path:
+        raise ValueError(
+            "`model` has been made and not loaded, so that TRL finds no reference for it: save it and load it "
+            "(`save_pretrained`, `from_pretrained`), train adapters (`peft_config`), or do without (`ref_model` of "
+            "DPO, `beta=0` of GRPO)."
+        )
+
+
+def switch_off_dropout(model: nn.Module) -> None:
+    """Sets all rates of dropout to 0, also those that layers hold as numbers: what is trained is what writes."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if ("dropout" in name or name == "layerdrop") and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
 @contextmanager
 def scores_plans() -> Iterator[None]:
     """In here, trainers of TRL may put their forward in place of a model's: it will score trajectories.
@@ -133,12 +155,15 @@ def forward_in_place_of(model: EsoLM, forward: Callable) -> Callable:
             "`EsoGRPOTrainer` or `EsoDPOTrainer` in place of TRL's own, or with transformers' `Trainer` and "
             "`DataCollatorForHybridMaskedDiffusion`."
         )
-    original: Any = model.forward
+    other = model.__dict__.get("forward")
+    if getattr(other, "scores_plans", False):
+        return cast(Callable, other)  # another trainer's, which does the same
 
     @wraps(type(model).forward)  # `generate` and `Trainer` read its signature
-    def scoring_forward(self: EsoLM, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+    def scoring_forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
-            return original(*args, **kwargs)
+            # Of this model, which may be a copy.
+            return type(self).forward(self, *args, **kwargs) if other is None else other(*args, **kwargs)
         absent = {"input_ids", "orders", "groups"} - kwargs.keys()
         if absent:
             raise ValueError(f"The likelihood of a text depends on its plan: the batch lacks {sorted(absent)}.")
@@ -151,6 +176,7 @@ def forward_in_place_of(model: EsoLM, forward: Callable) -> Callable:
             kwargs.get("temperature", 1.0),
         )
 
+    scoring_forward.scores_plans = True  # type: ignore[attr-defined]  # a mark
     return MethodType(scoring_forward, model)
 
 

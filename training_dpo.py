@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from trl import DPOConfig, DPOTrainer
 
-from .evaluation_trajectories import scores_plans
+from .evaluation_trajectories import require_reference, scores_plans, switch_off_dropout
 from .generation_order import order_of_slots
 from .generation_plan import one_by_one
 from .validation import require_fraction
@@ -26,9 +26,11 @@ class EsoDPOTrainer(DPOTrainer):
         alpha_0: In [0, 1], of the orders; None: the model config's.
         options: Its others.
 
+    Without `ref_model`, and without adapters, the reference is read from where the model was loaded from, as in TRL.
+
     Raises:
-        ValueError: for a model that is no Eso-LM, and for `precompute_ref_log_probs`, which would compare answers
-            under different orders.
+        ValueError: for a model that is no Eso-LM, for one that was not loaded and has no reference, for
+            `precompute_ref_log_probs`, which would compare answers under different orders, and for pairs with masks.
     """
 
     _tag_names = ["trl", "dpo", "eso-lm"]
@@ -45,13 +47,18 @@ class EsoDPOTrainer(DPOTrainer):
         require_fraction("alpha_0", alpha_0, or_none=True)
         if args is not None and args.precompute_ref_log_probs:
             raise ValueError("`precompute_ref_log_probs` scores under other orders than those of the steps: unset it.")
+        if ref_model is None:
+            require_reference(model, options.get("peft_config"))
         with scores_plans():
             super().__init__(model, ref_model, args, *arguments, **options)
         config = cast(Any, self.model).config
         if config.model_type != "eso":
             raise ValueError(f"`model` must be an Eso-LM, got {type(model).__name__}: use TRL's `DPOTrainer`.")
+        for scored in (self.model, self.ref_model):
+            if scored is not None and cast(Any, self.args).disable_dropout:
+                switch_off_dropout(scored)
         self.data_collator = DataCollatorForPairsInOrder(
-            self.data_collator, config.alpha_0 if alpha_0 is None else alpha_0
+            self.data_collator, config.alpha_0 if alpha_0 is None else alpha_0, config.mask_token_id
         )
 
 
@@ -65,13 +72,19 @@ class DataCollatorForPairsInOrder:
     Args:
         collator: TRL's, whose batches hold the preferred answers and then the others.
         alpha_0: In [0, 1].
+        mask_token_id: The mask.
+
+    Raises:
+        ValueError: for masks in a batch: only text without holes can be preferred.
     """
 
-    def __init__(self, collator: Any, alpha_0: float):
-        self.collator, self.alpha_0 = collator, alpha_0
+    def __init__(self, collator: Any, alpha_0: float, mask_token_id: int):
+        self.collator, self.alpha_0, self.mask_token_id = collator, alpha_0, mask_token_id
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = self.collator(examples)
+        if ((batch["input_ids"] == self.mask_token_id) & batch["attention_mask"].bool()).any():
+            raise ValueError(f"Pairs must be text without holes, and one of them holds the mask {self.mask_token_id}.")
         if batch["completion_mask"][:, 0].any():
             # TRL does not look at the first column, whose token has none before it; here it may well be scored.
             for name in ("input_ids", "attention_mask", "completion_mask"):

@@ -11,15 +11,25 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import disable_dropout_in_model, get_callable_name, is_async_callable
+from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .evaluation_trajectories import scores_plans
+from .evaluation_trajectories import require_reference, scores_plans, switch_off_dropout
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 
 ROLLOUTS_OF_OTHERS = (
     *("use_vllm", "use_transformers_continuous_batching"),
     *("tools", "rollout_func", "environment_factory"),
 )
+SET_ELSEWHERE = {  # settings of `generate`, and by what they are set in place of `generation_kwargs`
+    "temperature": "`temperature`",
+    "max_new_tokens": "`max_completion_length`",
+    "max_length": "`max_completion_length`",
+    "num_return_sequences": "`num_generations`",
+    "eos_token_id": "the tokenizer, and the model's generation config",
+}
+
+
+LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -56,7 +66,8 @@ class EsoGRPOTrainer(GRPOTrainer):
     How rollouts are written is set by `generation_kwargs` of [`GRPOConfig`], with the fields of
     [`EsoGenerationConfig`], for example `{"alpha_0": 0.5, "num_diffusion_steps": 16}`; what is not set is the model's
     generation config's. Prompts may have holes, written as the tokenizer's mask: they are filled in, and with
-    `max_completion_length=None` nothing follows. Of such a prompt, the completion is all from the first hole on.
+    `max_completion_length=0`, or None, nothing follows. Of such a prompt, the completion is all from the first hole
+    on.
 
     Reward functions get, besides what TRL gives them, `texts`: whole texts, prompts and what was written. They return
     a number for each, or None where they have nothing to say.
@@ -71,7 +82,8 @@ class EsoGRPOTrainer(GRPOTrainer):
 
     Raises:
         ValueError: for a model that is no Eso-LM, for settings whose rollouts have no plan (adaptive unmasking, a
-            draft head without `lossless`, vLLM, continuous batching, tools, environments, `rollout_func`) and, while
+            draft head without `lossless`, vLLM, continuous batching, tools, environments, `rollout_func`), for
+            `generation_kwargs` that are no settings, or set elsewhere, for a `beta` without a reference, and, while
             training, for reward functions that fail, or return what is no number.
     """
 
@@ -89,17 +101,19 @@ class EsoGRPOTrainer(GRPOTrainer):
         for name in ROLLOUTS_OF_OTHERS:
             if given.get(name):
                 raise ValueError(f"`{name}` makes rollouts whose plan is not known: leave it unset.")
-        functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs]
+        functions = reward_funcs if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         if reward_funcs is not None:
             reward_funcs = [checked_reward(function) for function in functions]
+        if args is not None:
+            _check_settings(args)
+            if args.beta != 0:
+                require_reference(model, options.get("peft_config"))
         with scores_plans():
             super().__init__(model, reward_funcs, args, *arguments, **options)
         for policy in (self.model, self.ref_model):
             if policy is not None:
-                disable_dropout_in_model(policy)
+                switch_off_dropout(policy)
         self.generation_config = self._rollout_config()
-        if self.max_completion_length is None and self.loss_type == "dr_grpo":
-            raise ValueError("`loss_type='dr_grpo'` divides by `max_completion_length`: set it.")
         self._rollouts: Rollouts | None = None
 
     @property
@@ -118,7 +132,8 @@ class EsoGRPOTrainer(GRPOTrainer):
         if model.config.model_type != "eso":
             raise ValueError(f"`model` must be an Eso-LM, got {type(model).__name__}: use TRL's `GRPOTrainer`.")
         settings = {name: value for name, value in self.generation_kwargs.items() if value is not None}
-        config = EsoGenerationConfig(**settings | {"return_dict_in_generate": True})
+        settings["max_new_tokens"] = self.max_completion_length or 0
+        config = EsoGenerationConfig(**settings, return_dict_in_generate=True)
         prepared, _ = model._prepare_generation_config(config)
         if prepared.is_adaptive:
             raise ValueError(
@@ -179,6 +194,11 @@ class EsoGRPOTrainer(GRPOTrainer):
             end = next(ends, len(text) - 1) + 1
             if start == end:
                 raise ValueError("There is nothing to write for a prompt without holes: set `max_completion_length`.")
+            if holes and any(isinstance(function, nn.Module) for function in self.reward_funcs):
+                raise ValueError(
+                    "Reward models read a prompt and then its completion, which is no text where the prompt has "
+                    "holes: have a reward function pass them `texts`."
+                )
             completions.append(text[start:end])
             self._texts.append(text[prompts.shape[1] - int(lengths[row]) : end])
         return completions, None
@@ -254,7 +274,31 @@ class EsoGRPOTrainer(GRPOTrainer):
             raise ValueError("Reward functions get whole texts as `texts`: call the column of the dataset otherwise.")
         texts = cast(Any, self.processing_class).batch_decode(self._texts, skip_special_tokens=True)
         inputs = [example | {"texts": text} for example, text in zip(inputs, texts, strict=True)]
-        return super()._calculate_rewards(inputs, *arguments, **options)
+        rewards = super()._calculate_rewards(inputs, *arguments, **options)
+        for name, function, column in zip(self.reward_func_names, self.reward_funcs, rewards.T, strict=True):
+            # Of a function, NaN is a None: its numbers have been looked at.
+            is_wrong = ~column.isfinite() if isinstance(function, nn.Module) else column.isinf()
+            if is_wrong.any():
+                raise ValueError(f"The reward {name!r} is {column[is_wrong][0].item()}, which is no finite number.")
+        return rewards
+
+
+def _check_settings(args: GRPOConfig) -> None:
+    """Raises a ValueError for settings that do not go together; lengths of 0 become None, as TRL has it."""
+    given = args.generation_kwargs if isinstance(args.generation_kwargs, dict) else {}
+    for name in given:
+        if name in SET_ELSEWHERE:
+            raise ValueError(f"`generation_kwargs` must not hold `{name}`, which is set by {SET_ELSEWHERE[name]}.")
+    unknown = sorted(given.keys() - vars(EsoGenerationConfig()).keys())
+    if unknown:
+        raise ValueError(f"`generation_kwargs` must be settings of `generate`, and {unknown} are none.")
+    if not all(math.isfinite(weight) for weight in args.reward_weights or ()):
+        raise ValueError(f"`reward_weights` must be finite numbers, got {args.reward_weights}.")
+    args.max_completion_length = args.max_completion_length or None
+    if args.max_completion_length is None:
+        for name in ("loss_type", "mask_truncated_completions"):
+            if getattr(args, name) in ("dr_grpo", True):
+                raise ValueError(f"`{name}={getattr(args, name)!r}` needs `max_completion_length`: set it.")
 
 
 def checked_reward(function: Any) -> Any:
@@ -299,7 +343,7 @@ def checked_reward(function: Any) -> Any:
 
 def _require_numbers(name: str, rewards: Any, prompts: list, completions: list) -> list[float | None]:
     """The rewards, a number or None each."""
-    if rewards is None or isinstance(rewards, int | float | str):
+    if rewards is None or isinstance(rewards, int | float | str | dict):
         raise ValueError(f"The reward function {name!r} must return a list of numbers, or None, got {rewards!r}.")
     rewards, values = list(rewards), []
     if len(rewards) != len(prompts):
@@ -311,7 +355,7 @@ def _require_numbers(name: str, rewards: Any, prompts: list, completions: list) 
             value = None if reward is None else float(reward)
         except (TypeError, ValueError):
             value = math.nan
-        if value is not None and not math.isfinite(value):
+        if value is not None and not abs(value) <= LARGEST_REWARD:
             raise ValueError(
                 f"The reward function {name!r} returned {reward!r}, which is no finite number (nor None), for the "
                 f"completion {completion!r} of the prompt {prompt!r}."

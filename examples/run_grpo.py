@@ -10,6 +10,7 @@ several, `--reward_weights` says what each counts. All arguments of TRL's GRPOCo
 goes on as in run_pretraining.py.
 """
 
+import math
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -64,11 +65,11 @@ def main(
     rewards = [load_reward(name) for name in arguments.reward.split(",")]
     if training.generation_kwargs:
         raise ValueError(f"`generation_kwargs` is made of the arguments {ROLLOUT_SETTINGS}: set those.")
+    check_window(training)
     checkpoint = checkpoint_to_go_on_from(training, arguments)
     set_seed(training.seed)
     settings = {name: getattr(arguments, name) for name in ROLLOUT_SETTINGS}
     training.generation_kwargs = {name: value for name, value in settings.items() if value not in (None, False)}
-    training.max_completion_length = training.max_completion_length or None
     tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(arguments.model))
     model = AutoModelForMaskedLM.from_pretrained(arguments.model)
     files = (arguments.train_file, arguments.held_out_file)
@@ -87,6 +88,17 @@ def main(
     trainer.add_callback(Report({"reward": "rollouts", "eval_reward": "held-out"}, "reward", "reward.png"))
     train_or_go_on(trainer, checkpoint)
     trainer.save_model()
+
+
+def check_window(training: GRPOConfig) -> None:
+    """Raises a ValueError where checkpoints fall between two steps on the same rollouts, which are not saved."""
+    window = training.steps_per_generation * training.num_iterations
+    if training.save_strategy == "steps" and training.save_steps * training.gradient_accumulation_steps % window != 0:
+        steps = math.lcm(window, training.gradient_accumulation_steps) // training.gradient_accumulation_steps
+        raise ValueError(
+            f"`save_steps` must be a multiple of {steps}, the steps on the same rollouts, got {training.save_steps}: "
+            f"a killed run would not go on as if nothing had happened."
+        )
 
 
 def load_reward(name: str) -> Callable:
@@ -121,8 +133,8 @@ def load_prompts(name: str, tokenizer: PreTrainedTokenizerBase, begin_of_text: b
         prompt = row["prompt"]
         if isinstance(prompt, list) and tokenizer.chat_template is None:
             raise ValueError(f"{name} holds chats, and the tokenizer has no chat template: set its `chat_template`.")
-        if not prompt:
-            raise ValueError(f"Line {index + 1} of {name} has no prompt.")
+        if prompt == []:
+            raise ValueError(f"Line {index + 1} of {name} has no messages.")
         return {"prompt": begin + fill_in_masks(prompt, tokenizer.mask_token) if isinstance(prompt, str) else prompt}
 
     return data.map(to_prompt, with_indices=True, desc="Prompts")

@@ -55,7 +55,7 @@ def make_trainer(folder, output_dir, pairs=PAIRS, model=None, peft_config=None, 
 def pairs_of(lengths, alpha_0):
     """A batch of pairs whose answers have these lengths, behind prompts of 2 tokens."""
     examples = [{"prompt_ids": [7, 8], "chosen_ids": [1] * one, "rejected_ids": [2] * other} for one, other in lengths]
-    return DataCollatorForPairsInOrder(DataCollatorForPreference(pad_token_id=0), alpha_0)(examples)
+    return DataCollatorForPairsInOrder(DataCollatorForPreference(pad_token_id=0), alpha_0, 99)(examples)
 
 
 @pytest.mark.parametrize("alpha_0", [0.0, 0.5, 1.0])
@@ -166,6 +166,13 @@ def test_what_is_refused(folder, tmp_path):
             train_dataset=Dataset.from_dict(PAIRS),
             processing_class=AutoTokenizer.from_pretrained(folder),
         )
+    holes = PAIRS | {"chosen": [AutoTokenizer.from_pretrained(folder).mask_token] * 4}
+    with pytest.raises(ValueError, match="Pairs must be text without holes"):
+        make_trainer(folder, tmp_path, pairs=holes).train()
+    made = type(AutoModel.from_pretrained(folder))(AutoModel.from_pretrained(folder).config)
+    made.config._name_or_path = ""
+    with pytest.raises(ValueError, match="has been made and not loaded"):
+        make_trainer(folder, tmp_path, model=made)
     trainer = make_trainer(folder, tmp_path)
     trainer.data_collator = trainer.data_collator.collator
     with pytest.raises(ValueError, match=r"depends on its plan: the batch lacks \['groups', 'orders'\]"):

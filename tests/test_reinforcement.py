@@ -1,5 +1,6 @@
 """GRPO on the exact likelihood of trajectories: the gradient is that of the expected reward, and TRL does the rest."""
 
+import copy
 import functools
 import itertools
 import json
@@ -12,7 +13,13 @@ from peft import LoraConfig
 from text_data import fill_in_masks
 from tiny_models import backbone_config, random_batch, randomized_model, save_with_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 import eso_lm.evaluation_trajectories
@@ -426,6 +433,65 @@ def test_the_temperature_is_that_of_the_rollouts(policy, tmp_path):
     assert (entropies[batch["completion_mask"] == 1] > 0).all()
 
 
+@pytest.mark.parametrize("kind", ["llama", "opt", "gpt_neox"])
+def test_dropout_that_layers_hold_as_a_number_is_off_too(policy, tmp_path, kind):
+    _, tokenizer, data = policy
+    dropout = {"dropout": 0.3} if kind == "opt" else {"attention_dropout": 0.3}
+    vocabulary = {"vocab_size": policy[0].config.vocab_size, "mask_token_id": policy[0].config.mask_token_id}
+    config = backbone_config(kind, **dropout, vocab_size=vocabulary["vocab_size"])
+    randomized_model(backbone_config=config, **vocabulary).save_pretrained(tmp_path / "model")
+    model = AutoModel.from_pretrained(tmp_path / "model")
+    trainer = make_trainer((model, tokenizer, data), tmp_path, beta=0.1, num_iterations=2)
+    batch, log_probs, _ = rolled_out(trainer)
+    mask = batch["completion_mask"].bool()
+    torch.testing.assert_close(log_probs[mask], batch["old_per_token_logps"][mask], atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_probs[mask], batch["ref_per_token_logps"][mask], atol=1e-5, rtol=0)
+
+
+def test_a_copy_of_a_trained_policy_is_a_model_of_its_own(policy, tmp_path):
+    trainer = make_trainer(policy, tmp_path)
+    make_trainer(policy, tmp_path)  # a second trainer of the same model
+    copied = copy.deepcopy(trainer.policy)
+    ids = random_batch(copied, 2, 5)
+    torch.testing.assert_close(copied(ids).logits, trainer.policy(ids).logits, atol=1e-4, rtol=0)
+    with torch.no_grad():
+        copied.lm_head.bias.add_(torch.arange(len(copied.lm_head.bias)))
+    assert (copied(ids).logits - trainer.policy(ids).logits)[..., 7].min() > 6
+    copied(ids, labels=ids, loss_weights=torch.ones(2, 5)).loss.backward()
+    assert copied.lm_head.bias.grad is not None
+    assert trainer.policy.lm_head.bias.grad is None
+
+
+def test_a_reference_needs_a_model_that_was_loaded(policy, tmp_path):
+    _, tokenizer, data = policy
+    vocabulary = {"vocab_size": policy[0].config.vocab_size, "mask_token_id": policy[0].config.mask_token_id}
+    made = (randomized_model(**vocabulary), tokenizer, data)
+    with pytest.raises(ValueError, match="has been made and not loaded, so that TRL finds no reference"):
+        make_trainer(made, tmp_path, beta=0.1)
+    make_trainer(made, tmp_path)
+    make_trainer(made, tmp_path, beta=0.1, peft_config=LoraConfig(target_modules=["q_proj"]))
+
+
+def test_reward_models_judge_completions_and_their_failures_are_told(policy, tmp_path):
+    model, tokenizer, data = policy
+    config = backbone_config("llama", vocab_size=len(tokenizer), num_labels=1, pad_token_id=tokenizer.pad_token_id)
+    judge = LlamaForSequenceClassification(config)
+    judge.config._name_or_path = "tests/judge"
+
+    def trainer_of(data):
+        return EsoGRPOTrainer(
+            model, judge, arguments(tmp_path), train_dataset=data, processing_class=tokenizer,
+            reward_processing_classes=tokenizer,
+        )  # fmt: skip
+
+    trainer_of(data.select([0, 2])).train()
+    with pytest.raises(ValueError, match="no text where the prompt has holes"):
+        trainer_of(data.select([1])).train()
+    torch.nn.init.constant_(judge.score.weight, math.nan)
+    with pytest.raises(ValueError, match="The reward 'judge' is nan, which is no finite number"):
+        trainer_of(data.select([0, 2])).train()
+
+
 def test_dropout_is_off_in_the_policy_and_in_its_reference(policy, tmp_path):
     assert policy[0].config.hidden_dropout == 0.3
     trainer = make_trainer(policy, tmp_path, beta=0.1)
@@ -469,15 +535,17 @@ def test_what_a_reward_gets(policy, tmp_path):
         assert prompt == data["prompt"][number - 10]
 
 
-def test_holes_alone_are_filled_in(policy, tmp_path):
+@pytest.mark.parametrize("length", [None, 0])
+def test_holes_alone_are_filled_in(policy, tmp_path, length):
     model, tokenizer, data = policy
-    trainer = make_trainer((model, tokenizer, data.select([1, 3])), tmp_path, max_completion_length=None)
+    trainer = make_trainer((model, tokenizer, data.select([1, 3])), tmp_path, max_completion_length=length)
     batch, log_probs, _ = rolled_out(trainer)
     assert batch["completion_mask"].sum(dim=1).tolist() == [3] * 8
     assert (log_probs[batch["completion_mask"] == 0] == 0).all()
-    plain = make_trainer(policy, tmp_path, max_completion_length=None)
-    with pytest.raises(ValueError, match="nothing to write for a prompt without holes"):
-        rolled_out(plain, [policy[2][1], policy[2][0]])
+    plain = make_trainer(policy, tmp_path, max_completion_length=length)
+    for rows in ([1, 0], [0]):
+        with pytest.raises(ValueError, match="nothing to write for a prompt without holes"):
+            rolled_out(plain, [policy[2][row] for row in rows])
 
 
 def test_forwards_are_counted(policy, tmp_path):
@@ -510,6 +578,42 @@ def test_tokens_behind_the_end_count_and_texts_end_there(tmp_path):
     assert (counted >= lengths).all()
     assert (counted > lengths).any()
     assert batch["num_items_in_batch"] == counted.sum()
+    # What was never decided, since the text had ended, counts nothing.
+    is_open = batch["completion_ids"] == 3
+    assert is_open.any()
+    assert not batch["completion_mask"][is_open].any()
+
+
+def test_an_end_in_a_hole_before_what_is_given_ends_nothing(tmp_path):
+    model, tokenizer = tiny_language(alpha_0=1.0)
+    seen = []
+
+    def reward(completion_ids, **columns):
+        seen.extend(completion_ids)
+        return [0.0] * len(completion_ids)
+
+    trainer = EsoGRPOTrainer(
+        model, reward, arguments(tmp_path, max_completion_length=None, num_generations=2),
+        train_dataset=Dataset.from_dict({"prompt": ["b m a m"]}), processing_class=tokenizer,
+    )  # fmt: skip
+    rolled_out(trainer, [trainer.train_dataset[0]] * 32)
+    assert {len(ids) for ids in seen} == {3}
+    assert any(ids[0] == END for ids in seen)
+    assert all(ids[1] == 0 for ids in seen)
+
+
+def test_padding_of_prompts_is_told_to_a_model_with_learned_positions(tmp_path):
+    model = randomized_model(backbone_config=backbone_config("opt", vocab_size=4), vocab_size=4)
+    _, tokenizer = tiny_language()
+    trainer = EsoGRPOTrainer(
+        model, table_reward, arguments(tmp_path, max_completion_length=4, num_generations=2, num_iterations=2),
+        train_dataset=Dataset.from_dict({"prompt": ["a", "b a a b"]}), processing_class=tokenizer,
+    )  # fmt: skip
+    recorded, note = [], trainer._note
+    trainer._note = lambda output: (recorded.append(output), note(output))
+    _, log_probs, _ = rolled_out(trainer)
+    is_written = recorded[0].unmasking_steps > 0
+    torch.testing.assert_close(log_probs[is_written], recorded[0].log_probs[is_written], atol=2e-5, rtol=1e-4)
 
 
 def test_completions_that_were_cut_off_are_left_out_if_asked(tmp_path):
@@ -622,6 +726,8 @@ def returns_nan(completions, **columns):
     (lambda completions, **columns: ["good"] * len(completions), r"returned 'good', which is no finite number"),
     (lambda completions, **columns: [1.0], r"returned 1 rewards of 4 completions"),
     (lambda completions, **columns: 1.0, r"must return a list of numbers, or None, got 1.0"),
+    (lambda completions, **columns: {"a": 1.0}, r"must return a list of numbers, or None, got {'a': 1.0}"),
+    (lambda completions, **columns: [1e300] * len(completions), r"returned 1e\+300, which is no finite number"),
     (functools.partial(raises, threshold=1), r"reward function 'raises' failed"),
 ])  # fmt: skip
 def test_rewards_that_fail_say_where(policy, tmp_path, reward, message):
@@ -664,7 +770,13 @@ def test_a_checked_reward_keeps_its_name():
     ({"generation_kwargs": {"alpha_0": 1.5}}, "`alpha_0`"),
     ({"use_vllm": True}, "`use_vllm` makes rollouts whose plan is not known"),
     ({"use_transformers_continuous_batching": True}, "`use_transformers_continuous_batching` makes rollouts"),
-    ({"max_completion_length": None, "loss_type": "dr_grpo"}, "`loss_type='dr_grpo'` divides by"),
+    ({"max_completion_length": None, "loss_type": "dr_grpo"}, "`loss_type='dr_grpo'` needs `max_completion_length`"),
+    ({"max_completion_length": 0, "mask_truncated_completions": True}, "`mask_truncated_completions=True` needs"),
+    ({"generation_kwargs": {"num_difusion_steps": 3}}, r"\['num_difusion_steps'\] are none"),
+    ({"generation_kwargs": {"temperature": 0.3}}, "must not hold `temperature`, which is set by `temperature`"),
+    ({"generation_kwargs": {"max_new_tokens": 3}}, "which is set by `max_completion_length`"),
+    ({"generation_kwargs": {"num_return_sequences": 2}}, "which is set by `num_generations`"),
+    ({"reward_weights": [math.nan]}, "`reward_weights` must be finite numbers"),
 ])  # fmt: skip
 def test_rollouts_without_a_plan_are_refused(policy, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):

@@ -109,6 +109,7 @@ def test_completions_adapters_and_a_reward_of_a_file(task, tmp_path):
     ({"generation_kwargs": '{"top_k": 5}'}, r"`generation_kwargs` is made of the arguments \('alpha_0', "),
     ({"save_total_limit": 1}, "`save_total_limit` must be at least 2"),
     ({"alpha_0": 1.5}, "`alpha_0`"),
+    ({"steps_per_generation": 2, "num_iterations": 2, "save_steps": 2}, "`save_steps` must be a multiple of 4"),
 ])  # fmt: skip
 def test_settings_that_are_refused(task, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
@@ -119,7 +120,7 @@ def test_settings_that_are_refused(task, tmp_path, changes, message):
     ("", "must hold examples, and is empty"),
     ('{"text": "a"}\n', r"must have the fields `prompt`: \['text'\]"),
     ('{"prompt": "a"}\n{"prompt": null}\n', r"Example 1 of .* lacks \['prompt'\]"),
-    ('{"prompt": "a"}\n{"prompt": ""}\n', "Line 2 of .* has no prompt"),
+    ('{"prompt": []}\n', "has no chat template"),
     ('{"prompt": [{"role": "user", "content": "a"}]}\n', "has no chat template"),
 ])  # fmt: skip
 def test_prompts_that_are_refused(task, tmp_path, lines, message):
