@@ -561,6 +561,20 @@ def test_forwards_are_counted(policy, tmp_path):
     assert row["rollouts/tokens_per_forward"] == pytest.approx(4)
 
 
+def test_forwards_of_lossless_rollouts_are_counted(tmp_path):
+    model, tokenizer = tiny_language(alpha_0=1.0)
+    trainer = EsoGRPOTrainer(
+        model, table_reward,
+        arguments(tmp_path, max_completion_length=12, generation_kwargs={"lossless": True, "draft_length": 4}),
+        train_dataset=Dataset.from_dict({"prompt": ["a"]}), processing_class=tokenizer,
+    )  # fmt: skip
+    recorded, note = [], trainer._note
+    trainer._note = lambda output: (recorded.append(output), note(output))
+    rolled_out(trainer)
+    assert trainer._metrics["train"]["rollouts/forwards"] == [recorded[0].forwards_per_row.float().mean().item()]
+    assert trainer._metrics["train"]["rollouts/tokens_per_forward"][0] > 1
+
+
 def test_tokens_behind_the_end_count_and_texts_end_there(tmp_path):
     model, tokenizer = tiny_language(alpha_0=1.0)
     trainer = EsoGRPOTrainer(
