@@ -91,10 +91,8 @@ class DataCollatorForPairsInOrder:
                 batch[name] = F.pad(batch[name], (1, 0))
         is_scored, is_real = batch["completion_mask"].bool(), batch["attention_mask"].bool()
         rows, length = is_scored.shape
-        # Noise of the tokens of an answer by their number in it, shared by the two of a pair.
-        number = (is_scored.cumsum(dim=-1) - 1).clamp(min=0)
-        noise = torch.rand(2, rows // 2, length, dtype=torch.float64).repeat(1, 2, 1)
-        phase, rank = noise.gather(-1, number.expand(2, -1, -1))
+        # Both answers begin in the same column, behind the same prompt.
+        phase, rank = torch.rand(2, rows // 2, length, dtype=torch.float64).repeat(1, 2, 1)
         columns = torch.arange(length, dtype=torch.float64).expand(rows, -1)
         kind = torch.where(is_scored, torch.where(phase < self.alpha_0, 1, 2), torch.where(is_real, 0, 3))
         orders = order_of_slots(kind, torch.where(kind == 1, rank, columns))

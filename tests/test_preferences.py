@@ -115,6 +115,9 @@ def test_answers_have_their_exact_likelihood(folder, tmp_path, alpha_0, adapters
     )
     assert row["logps/chosen"] == pytest.approx(expected[:4].mean().item(), abs=1e-3)
     assert row["logps/rejected"] == pytest.approx(expected[4:].mean().item(), abs=1e-3)
+    real = batch["attention_mask"].sum(dim=-1).tolist()
+    orders = [order[:count] for order, count in zip(batch["orders"].tolist(), real, strict=True)]
+    assert all(order == sorted(order) for order in orders) == (alpha_0 == 0)
     # At first model and reference are one.
     assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert abs(row["rewards/margins"]) < 1e-5

@@ -598,6 +598,16 @@ def test_tokens_behind_the_end_count_and_texts_end_there(tmp_path):
     assert not batch["completion_mask"][is_open].any()
 
 
+def test_texts_end_where_the_tokenizer_says_if_the_model_says_nothing(tmp_path):
+    model, tokenizer = tiny_language(alpha_0=1.0, eos_token_id=None)
+    trainer = EsoGRPOTrainer(
+        model, table_reward, arguments(tmp_path, max_completion_length=6, num_generations=2),
+        train_dataset=Dataset.from_dict({"prompt": ["a"]}), processing_class=tokenizer,
+    )  # fmt: skip
+    batch, *_ = rolled_out(trainer, [trainer.train_dataset[0]] * 16)
+    assert (batch["completion_ids"] == 3).any()
+
+
 def test_an_end_in_a_hole_before_what_is_given_ends_nothing(tmp_path):
     model, tokenizer = tiny_language(alpha_0=1.0)
     seen = []
