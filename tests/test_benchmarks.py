@@ -8,10 +8,12 @@ import lossless_speed
 import measuring
 import pytest
 import quantization
+import reinforcement
 import scoring_cost
 import serving
 import speed
 import step_split
+import torch
 import training_cost
 from tiny_models import random_batch, randomized_model, save_with_tokenizer
 from transformers import AutoModel
@@ -183,3 +185,50 @@ def test_scoring_at_toy_size(tmp_path):
     assert sampled_in["16 steps"] == sampled_in["16 steps, in chunks"] == 16
     assert sampled_in["entropy bound of 64 nats"] < 16
     assert (tmp_path / "scoring_cost.md").read_text().count("\n") == 16
+
+
+@pytest.mark.slow
+def test_reinforcement_at_toy_size(tmp_path):
+    sizes = [
+        "--start_steps",
+        "3",
+        "--steps",
+        "2",
+        "--batch_size",
+        "8",
+        "--num_held_out",
+        "10",
+        "--evaluate_every",
+        "1",
+    ]
+    folders = ["--work", str(tmp_path / "work"), "--output", str(tmp_path)]
+    reinforcement.main(reinforcement.parse_args([*folders, *sizes, "--seeds", "1", "--rates", "1e-4"]))
+    results = json.loads((tmp_path / "reinforcement.json").read_text())
+    for found in results["estimates"].values():
+        assert [run.keys() for run in found["solved"]] == [{"0": 0, "1": 0, "2": 0}.keys()]
+        assert found["search"].keys() == {"0.0001"}
+        assert found["forwards"] <= 3
+    starts = [found["solved"][0]["0"] for found in results["estimates"].values()]
+    assert starts[0] == starts[1]
+    assert "supervised start" in (tmp_path / "reinforcement.md").read_text()
+    assert (tmp_path / "reinforcement.png").stat().st_size > 5000
+    assert str(tmp_path) not in (tmp_path / "reinforcement.json").read_text()
+
+
+def test_the_one_step_estimate_sees_a_part_of_the_prompt_and_none_of_the_completion():
+    torch.manual_seed(0)
+    rows, mask = 400, 9
+    orders = torch.rand(rows, 12).argsort(dim=-1)
+    # Of the slots 4 are given, 6 decided in groups, and 2 never were; a column of padding is among those given.
+    groups = torch.tensor([0, 0, 0, 0, 1, 1, 2, 2, 3, 4, 5, 6]).expand(rows, -1)
+    trajectories = torch.zeros(rows, 12, dtype=torch.long).scatter(1, orders[:, 10:], mask)
+    is_real = torch.ones(rows, 12, dtype=torch.long).scatter(1, orders[:, :1], 0)
+    exact = reinforcement.Rollouts(trajectories, orders, groups, is_real)
+    one = reinforcement.in_one_step(exact, mask)
+    assert torch.equal(one.orders.sort(dim=-1).values, torch.arange(12).expand(rows, -1))
+    group_of_column = torch.zeros_like(one.groups).scatter(1, one.orders, one.groups)
+    assert set(group_of_column.flatten().tolist()) == {0, 1}
+    assert (group_of_column.gather(1, orders[:, 4:10]) == 1).all()
+    assert (group_of_column.gather(1, orders[:, [0, 10, 11]]) == 0).all()
+    assert abs((group_of_column.gather(1, orders[:, 1:4]) == 1).float().mean() - 0.15) < 0.04
+    assert (one.groups.diff(dim=-1) >= 0).all()
