@@ -176,7 +176,7 @@ def forward_in_place_of(model: EsoLM, forward: Callable) -> Callable:
             kwargs.get("temperature", 1.0),
         )
 
-    scoring_forward.scores_plans = True  # type: ignore[attr-defined]  # a mark
+    vars(scoring_forward)["scores_plans"] = True
     return MethodType(scoring_forward, model)
 
 
