@@ -212,7 +212,10 @@ def _is_known(backbone: Any) -> bool:
     own = {kind.__module__, DecodingLinear.__module__, EsoModulation.__module__}
 
     def parts_of(layer: nn.Module) -> dict[str, str]:
-        parts = {name: part for name, part in layer.named_modules() if name != "mlp.act_fn"}
+        # Decoding is evaluation, where dropout does nothing.
+        parts = {
+            name: part for name, part in layer.named_modules() if name != "mlp.act_fn" and type(part) is not nn.Dropout
+        }
         return {name: type(part).__name__ if type(part).__module__ in own else "?" for name, part in parts.items()}
 
     return (
