@@ -7,6 +7,7 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
@@ -15,6 +16,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .evaluation_trajectories import require_reference, scores_plans, switch_off_dropout
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
+from .modeling_inference import evaluation_mode
 
 ROLLOUTS_OF_OTHERS = (
     *("use_vllm", "use_transformers_continuous_batching"),
@@ -27,8 +29,6 @@ SET_ELSEWHERE = {  # settings of `generate`, and by what they are set in place o
     "num_return_sequences": "`num_generations`",
     "eos_token_id": "the tokenizer, and the model's generation config",
 }
-
-
 LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
@@ -156,12 +156,19 @@ class EsoGRPOTrainer(GRPOTrainer):
         Returns:
             The tokens of each completion: behind the prompt, or from its first hole on, and up to the end of the text.
         """
-        mask_token_id, device = self.policy.config.mask_token_id, self.accelerator.device
         args: Any = self.args
+        device, mask_token_id = self.accelerator.device, self.policy.config.mask_token_id
         rows = [torch.tensor(ids, dtype=torch.long) for ids in prompt_ids]
         prompts = pad_sequence(rows, batch_first=True, padding_value=self._tokenizer.pad_token_id, padding_side="left")
         lengths = torch.tensor([len(ids) for ids in prompt_ids])
-        is_real = torch.arange(prompts.shape[1]) >= prompts.shape[1] - lengths[:, None]
+        firsts = prompts.shape[1] - lengths
+        is_real = torch.arange(prompts.shape[1]) >= firsts[:, None]
+        has_holes = ((prompts == mask_token_id) & is_real).any()
+        if has_holes and any(isinstance(function, nn.Module) for function in self.reward_funcs):
+            raise ValueError(
+                "Reward models read a prompt and then its completion, which is no text where the prompt has holes: "
+                "have a reward function pass them `texts`."
+            )
         with (
             unwrap_model_for_generation(
                 self.model_wrapped,
@@ -170,6 +177,7 @@ class EsoGRPOTrainer(GRPOTrainer):
                 gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
+            evaluation_mode(model),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             output: EsoGenerateOutput = model.generate(
@@ -177,31 +185,17 @@ class EsoGRPOTrainer(GRPOTrainer):
                 attention_mask=is_real.long().to(device),
                 generation_config=self.generation_config,
             )
-        num_new = output.sequences.shape[1] - prompts.shape[1]
-        is_real = torch.cat([is_real, torch.ones(len(rows), num_new, dtype=torch.bool)], dim=1)
+        texts = output.sequences.cpu()
+        new = (0, texts.shape[1] - prompts.shape[1])
+        is_real, is_open = F.pad(is_real, new, value=True), F.pad(prompts == mask_token_id, new, value=True)
         kept: Any = output
         self._rollouts = Rollouts(kept.trajectories, kept.orders, kept.groups, is_real.long().to(device))
         self._note(output)
-
-        is_given = is_real[:, : prompts.shape[1]].bool() & (prompts != mask_token_id)
-        is_hole = is_real[:, : prompts.shape[1]].bool() & (prompts == mask_token_id)
-        self._texts, completions = [], []
-        for row, text in enumerate(output.sequences.tolist()):
-            given, holes = is_given[row].nonzero()[:, 0].tolist(), is_hole[row].nonzero()[:, 0].tolist()
-            start = holes[0] if holes else prompts.shape[1]
-            behind = given[-1] + 1 if given else start
-            ends = (column for column in range(behind, len(text)) if text[column] in self.eos_token_ids)
-            end = next(ends, len(text) - 1) + 1
-            if start == end:
-                raise ValueError("There is nothing to write for a prompt without holes: set `max_completion_length`.")
-            if holes and any(isinstance(function, nn.Module) for function in self.reward_funcs):
-                raise ValueError(
-                    "Reward models read a prompt and then its completion, which is no text where the prompt has "
-                    "holes: have a reward function pass them `texts`."
-                )
-            completions.append(text[start:end])
-            self._texts.append(text[prompts.shape[1] - int(lengths[row]) : end])
-        return completions, None
+        starts, ends = bounds_of_completions(texts, is_real & is_open, is_real & ~is_open, self.eos_token_ids)
+        if (starts == ends).any():
+            raise ValueError("There is nothing to write for a prompt without holes: set `max_completion_length`.")
+        self._texts = [text[first:end].tolist() for text, first, end in zip(texts, firsts, ends, strict=True)]
+        return [text[start:end].tolist() for text, start, end in zip(texts, starts, ends, strict=True)], None
 
     def _note(self, output: EsoGenerateOutput) -> None:
         """Adds the numbers of forwards and tokens to the metrics."""
@@ -281,6 +275,27 @@ class EsoGRPOTrainer(GRPOTrainer):
             if is_wrong.any():
                 raise ValueError(f"The reward {name!r} is {column[is_wrong][0].item()}, which is no finite number.")
         return rewards
+
+
+def bounds_of_completions(
+    texts: torch.Tensor, is_open: torch.Tensor, is_given: torch.Tensor, eos_token_ids: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where completions begin, with what was open first, and behind which column texts end.
+
+    Args:
+        texts: (rows, length), written.
+        is_open, is_given: (rows, length) bool, what was to be written, and what stood there before.
+        eos_token_ids: Tokens that end a text, behind all that was given.
+
+    Returns:
+        (rows,) each; they are the same where nothing was open.
+    """
+    length = texts.shape[1]
+    columns = torch.arange(length).expand_as(texts)
+    last_given = torch.where(is_given, columns, -1).amax(dim=-1, keepdim=True)
+    is_end = torch.isin(texts, torch.tensor(eos_token_ids)) & (columns > last_given)
+    starts = torch.where(is_open, columns, length).amin(dim=-1)
+    return starts, torch.where(is_end, columns + 1, length).amin(dim=-1)
 
 
 def _check_settings(args: GRPOConfig) -> None:
