@@ -9,10 +9,28 @@ SCALE ?= minutes
 # Of `make test-common`: the folder `tests` of transformers' repository (tests/transformers_common/README.md).
 TRANSFORMERS_TESTS ?=
 
-.PHONY: demo test test-all test-common lint docs bench gpu reproduce clean
+# Of `make app`, `make space` and `make pictures`: a folder, or for `make app` a name on the Hub.
+MODEL ?= outputs/quickstart
+
+.PHONY: demo app space pictures test test-all test-common lint docs bench gpu reproduce clean
 
 demo: $(VENV)/installed
 	HF_HUB_OFFLINE=1 $(BIN)/python examples/quickstart.py
+
+app: $(VENV)/installed
+	$(BIN)/python examples/app.py --model $(MODEL)
+
+# What can be pushed as a Space: the page, its header and requirements, and a model with its code.
+space:
+	rm -rf build/space
+	mkdir -p build/space
+	cp examples/app.py examples/app_view.py examples/holes.py examples/space/* build/space
+	mkdir build/space/model
+	find $(MODEL) -maxdepth 1 -type f ! -name '*.jsonl' -exec cp {} build/space/model ';'
+
+# Of the page, for docs/app.md: needs Chromium.
+pictures: $(VENV)/installed
+	HF_HUB_OFFLINE=1 $(BIN)/python docs/film_app.py --model $(MODEL)
 
 test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS)

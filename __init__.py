@@ -16,7 +16,7 @@ from .configuration_eso import EsoConfig
 from .evaluation_likelihood import EsoLikelihoodMixin, EsoLikelihoodOutput, EsoNelboOutput
 from .evaluation_trajectories import EsoTrajectoryOutput, trajectory_log_probs
 from .generation import EsoGenerationMixin
-from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
+from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig, EsoGenerationStep
 from .modeling_eso import EsoForMaskedDiffusion, EsoModel
 from .training_collator import DataCollatorForDraftHead, DataCollatorForHybridMaskedDiffusion
 
@@ -38,6 +38,7 @@ __all__ = [
     "EsoGenerateOutput",
     "EsoGenerationConfig",
     "EsoGenerationMixin",
+    "EsoGenerationStep",
     "EsoLikelihoodMixin",
     "EsoLikelihoodOutput",
     "EsoModel",

@@ -238,6 +238,30 @@ class EsoGenerateOutput(ModelOutput):
     drafts_accepted: torch.Tensor | None = None
 
 
+@dataclass
+class EsoGenerationStep:
+    """What a streamer that has `put_step` gets of a text, before the first forward and after each of them.
+
+    Where a text ends early, in another order than left to right, tokens that were decided behind its end are padding
+    from then on, and forwards may decide more of them that are not seen.
+
+    Args:
+        number: Of the forward, from 1; 0 before the first.
+        tokens: (length,), the text so far: masks where nothing has been decided, padding behind its end.
+        unmasking_steps: (length,); 0 = given, or not decided yet, i = decided by forward i.
+        log_probs: (length,), nats, as in [`EsoGenerateOutput`].
+        drafts: By column, the tokens that `lossless` decoding has drafted, and the next forward judges.
+        refused: By column, the drafts that this forward has refused; others stand in their place.
+    """
+
+    number: int
+    tokens: torch.Tensor
+    unmasking_steps: torch.Tensor
+    log_probs: torch.Tensor
+    drafts: dict[int, int]
+    refused: dict[int, int]
+
+
 def require_generation_config(generation_config: Any) -> None:
     """Raises a ValueError for what is not a generation config, a dictionary of settings for example."""
     if generation_config is not None and not isinstance(generation_config, GenerationConfig):
@@ -295,4 +319,4 @@ def as_eso_generation_config(generation_config: GenerationConfig) -> EsoGenerati
     return EsoGenerationConfig.from_dict(given)  # type: ignore[return-value]  # it makes one of its own class
 
 
-__all__ = ["EsoGenerateOutput", "EsoGenerationConfig"]
+__all__ = ["EsoGenerateOutput", "EsoGenerationConfig", "EsoGenerationStep"]

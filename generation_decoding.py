@@ -98,6 +98,10 @@ class DecodingStrategy(ABC):
     def decide(self, outputs: Outputs, step: int) -> Decisions:
         """Decides tokens with what forward number `step` says of the kept slots of all rows."""
 
+    def drafted(self, row: int) -> dict[int, int]:
+        """The tokens that the next forward judges, by column."""
+        return {}
+
     def statistics(self) -> dict[str, list[int]]:
         """What else `generate` reports of each row, by the names of [`EsoGenerateOutput`]."""
         return {}

@@ -153,6 +153,11 @@ class LosslessUnmasking(DecodingStrategy):
             first_mask=visibility[1],
         )
 
+    def drafted(self, row: int) -> dict[int, int]:
+        drafts, start = self.drafts[row], self.decided[row]
+        columns = self.order[row, start : start + len(drafts)].tolist()
+        return {} if self.is_trial else dict(zip(columns, drafts, strict=True))
+
     def statistics(self) -> dict[str, list[int]]:
         return {
             "forwards_per_row": self.num_forwards,

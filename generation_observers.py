@@ -9,7 +9,8 @@ from transformers.generation import BaseStreamer, EosTokenCriteria, MaxLengthCri
 from transformers.utils.logging import tqdm
 
 from .generation_canvas import Canvas
-from .generation_decoding import Decisions
+from .generation_configuration import EsoGenerationStep
+from .generation_decoding import Decisions, DecodingStrategy
 
 
 class StopWatcher:
@@ -87,11 +88,13 @@ class TextFeed(BaseStreamer):
 
     Args:
         streamer: Gets the prompt first, up to its first hole, then tokens from left to right. If it has `put_draft`
-            ([`TextDiffusionStreamer`] has), that gets the rest of the text after every forward, masks included.
+            ([`TextDiffusionStreamer`] has), that gets the rest of the text after every forward, masks included; if it
+            has `put_step`, that gets an [`EsoGenerationStep`].
     """
 
     def __init__(self, streamer: BaseStreamer):
         self.streamer = streamer
+        self.drafts: dict[int, int] = {}
 
     def put(self, value: torch.Tensor) -> None:
         """Takes the prompt from transformers' `generate`, which does not know about holes: `start` passes it on."""
@@ -107,16 +110,35 @@ class TextFeed(BaseStreamer):
         self.canvas = canvas
         self.sent = min(canvas.known[0], canvas.prompt_length)
         self.streamer.put(canvas.tokens[:, : self.sent])
-        self.update()
+        self.update(0, {})
 
-    def update(self) -> None:
-        """Sends what has become known since the last call."""
+    def update(self, number: int, drafts: dict[int, int]) -> None:
+        """Sends what has become known by forward `number`, whose drafts stand at these columns."""
         known, end = min(self.canvas.known[0], self.canvas.end[0]), self.canvas.end[0]
         if known > self.sent:
             self.streamer.put(self.canvas.tokens[0, self.sent : known])
             self.sent = known
         if hasattr(self.streamer, "put_draft") and known < end:
             self.streamer.put_draft(self.canvas.tokens[:, known:end])
+        if hasattr(self.streamer, "put_step"):
+            self.streamer.put_step(self._step(number, drafts))
+        self.drafts = drafts
+
+    def _step(self, number: int, drafts: dict[int, int]) -> EsoGenerationStep:
+        canvas = self.canvas
+        is_decided, is_void = ~canvas.is_open[0], canvas.is_void()
+        return EsoGenerationStep(
+            number=number,
+            tokens=canvas.sequences()[0],
+            unmasking_steps=canvas.unmasking_steps.masked_fill(is_void, 0)[0],
+            log_probs=canvas.log_probs.masked_fill(is_void, 0)[0],
+            drafts={column: token for column, token in drafts.items() if column < canvas.end[0]},
+            refused={
+                column: token
+                for column, token in self.drafts.items()
+                if is_decided[column] and int(canvas.tokens[0, column]) != token
+            },
+        )
 
     def end(self) -> None:
         self.streamer.end()
@@ -178,13 +200,13 @@ class Observers:
         if self.streamer is not None:
             self.streamer.start(self.canvas)
 
-    def update(self, decisions: Decisions) -> None:
-        """After a forward that has decided tokens."""
+    def update(self, decisions: Decisions, number: int, strategy: DecodingStrategy) -> None:
+        """After forward `number`, which has decided tokens."""
         self.recorder.update(decisions)
         self.watcher.update()
         self.progress.update(len(decisions.rows))
         if self.streamer is not None:
-            self.streamer.update()
+            self.streamer.update(number, strategy.drafted(0))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

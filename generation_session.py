@@ -65,7 +65,7 @@ class GenerationSession:
     def take(self, outputs: Outputs) -> None:
         """Decides tokens with what the forward says of them."""
         self.num_forwards += 1
-        self.observers.update(self.strategy.decide(outputs, self.num_forwards))
+        self.observers.update(self.strategy.decide(outputs, self.num_forwards), self.num_forwards, self.strategy)
 
     @property
     def num_slots(self) -> int:

@@ -22,7 +22,7 @@ from typing import TextIO
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from text_data import fill_in_masks
+from holes import fill_in_masks
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from adapters import AdapterArguments, lora_config
 from datasets import Dataset
+from holes import fill_in_masks
 from reasoning_tasks import REWARDS
 from resumable_runs import PostTrainingDefaults, Report, checkpoint_to_go_on_from, train_or_go_on
-from text_data import fill_in_masks, load_lines, with_special_tokens
+from text_data import load_lines, with_special_tokens
 from transformers import AutoModelForMaskedLM, AutoTokenizer, HfArgumentParser, PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig
 

@@ -3,7 +3,6 @@
 import ast
 import inspect
 import json
-import re
 import sysconfig
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -17,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 END_OF_TEXT, PADDING, MASK = "<|endoftext|>", "<|pad|>", "<|mask|>"
 MIN_DOCUMENT_LENGTH = 80  # characters
 LAYOUTS = ("packed", "wrapped", "documents")
-HOLE = re.compile(r"<mask:(\d+)>")
 AnyDataset = Dataset | IterableDataset  # read before training, or while
 
 
@@ -307,17 +305,6 @@ def tokenize(
 
     options = {} if isinstance(data, IterableDataset) else {"desc": "Tokenizing"}
     return data.map(rows_of, batched=True, batch_size=batch_size, remove_columns=["text"], **options)
-
-
-def fill_in_masks(text: str, mask_token: str | None) -> str:
-    """Replaces every `<mask:n>` of `text` by n mask tokens.
-
-    Raises:
-        ValueError: when there are holes and the tokenizer has no mask token.
-    """
-    if mask_token is None and HOLE.search(text):
-        raise ValueError(f"The tokenizer has no mask token to fill into the holes of {text!r}.")
-    return HOLE.sub(lambda hole: int(hole[1]) * mask_token, text)
 
 
 def _docstrings(path: Path) -> list[str]:

@@ -3,6 +3,7 @@
 import io
 import threading
 from contextlib import redirect_stderr
+from itertools import pairwise
 
 import pytest
 import torch
@@ -320,6 +321,66 @@ class Recorder(BaseStreamer):
 
     def end(self):
         self.ended += 1
+
+
+class StepRecorder(BaseStreamer):
+    def __init__(self):
+        self.steps = []
+
+    def put(self, value):
+        pass
+
+    def put_step(self, step):
+        self.steps.append(step)
+
+    def end(self):
+        pass
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_diffusion_steps": 3}, {"alpha_0": 0.4}, {"block_length": 4, "num_diffusion_steps": 4},
+    {"entropy_bound": 1.0}, {"lossless": True, "draft_length": 4},
+])  # fmt: skip
+@pytest.mark.parametrize("prompt", [None, [[1, MASK, 3, MASK, 5]]])
+def test_every_step_is_told_as_it_was(settings, prompt):
+    model, streamer = randomized_model(), StepRecorder()
+    prompt = None if prompt is None else torch.tensor(prompt)
+    torch.manual_seed(0)
+    output = generate(model, input_ids=prompt, streamer=streamer, **settings)
+    steps = streamer.steps
+    assert [step.number for step in steps] == list(range(output.num_function_evaluations + 1))
+    for step in steps:
+        is_decided = (output.unmasking_steps[0] > 0) & (output.unmasking_steps[0] <= step.number)
+        is_given = output.unmasking_steps[0] == 0
+        assert torch.equal(step.unmasking_steps > 0, is_decided)
+        assert torch.equal(step.tokens == MASK, ~is_decided & ~is_given)
+        assert torch.equal(step.tokens[is_decided], output.sequences[0, is_decided])
+        assert torch.equal(step.log_probs[is_decided], output.log_probs[0, is_decided])
+        assert not step.log_probs[~is_decided].any()
+    assert torch.equal(steps[-1].tokens, output.sequences[0])
+    assert not steps[-1].drafts
+    if "lossless" not in settings:
+        assert not any(step.drafts or step.refused for step in steps)
+
+
+def test_drafts_and_refusals_are_told_as_they_are_counted():
+    model, refusals = randomized_model(), 0
+    for seed in range(8):
+        streamer, accepted, offered = StepRecorder(), 0, 0
+        torch.manual_seed(seed)
+        output = generate(model, streamer=streamer, alpha_0=1.0, lossless=True, draft_length=4)
+        for before, after in pairwise(streamer.steps):
+            assert all(before.tokens[column] == MASK for column in before.drafts)
+            kept = [column for column, token in before.drafts.items() if after.tokens[column] == token]
+            assert after.refused.keys() <= before.drafts.keys() - set(kept)
+            assert all(after.refused[column] == before.drafts[column] for column in after.refused)
+            assert all(after.tokens[column] not in (MASK, token) for column, token in after.refused.items())
+            # One refusal at most, and none where all are kept.
+            assert len(after.refused) == (len(kept) < len(before.drafts))
+            accepted, offered = accepted + len(kept), offered + len(before.drafts)
+            refusals += len(after.refused)
+        assert (accepted, offered) == (output.drafts_accepted.item(), output.drafts_offered.item())
+    assert refusals > 4
 
 
 @pytest.mark.parametrize("unmasking_order", [*ORDERS, "strided"])

@@ -6,10 +6,11 @@ import random
 
 import pytest
 import reasoning_tasks
+from holes import fill_in_masks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reasoning_tasks import all_grids, countdown_solved, has_one_solution, make_puzzle, sudoku_cells, sudoku_solved
-from text_data import fill_in_masks, train_tokenizer
+from text_data import train_tokenizer
 
 
 def write(tmp_path, **changes):

@@ -9,8 +9,8 @@ import math
 import pytest
 import torch
 from datasets import Dataset
+from holes import fill_in_masks
 from peft import LoraConfig
-from text_data import fill_in_masks
 from tiny_models import backbone_config, random_batch, randomized_model, save_with_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from holes import fill_in_masks
 from run_generation import Arguments, LiveView, main, read_prompts
-from text_data import fill_in_masks, train_tokenizer
+from text_data import train_tokenizer
 from tiny_models import save_with_tokenizer
 from transformers import HfArgumentParser
 from two_processes import EXAMPLES, run_on_two_processes

@@ -25,6 +25,7 @@ from eso_lm import (
     EsoGenerateOutput,
     EsoGenerationConfig,
     EsoGenerationMixin,
+    EsoGenerationStep,
     EsoLikelihoodMixin,
     EsoLikelihoodOutput,
     EsoModel,
@@ -115,6 +116,12 @@ def generate(model: EsoForMaskedDiffusion, prompts: torch.Tensor) -> torch.Tenso
     assert_type(output.orders, torch.Tensor | None)
     assert_type(output.past_key_values, Cache | None)
     return assert_type(output.sequences, torch.Tensor)
+
+
+def watch(step: EsoGenerationStep) -> dict[int, int]:
+    assert_type(step.tokens, torch.Tensor)
+    assert_type(step.number, int)
+    return step.drafts | step.refused
 
 
 def sample(model: EsoGenerationMixin) -> EsoGenerateOutput | torch.Tensor:
