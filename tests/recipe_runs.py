@@ -5,6 +5,17 @@ from pathlib import Path
 
 import run_pretraining
 
+QUICK_POST_TRAINING = {  # of TRL's trainers
+    "max_steps": 2,
+    "report_to": "none",
+    "logging_steps": 1,
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+}
+
 
 def options(settings: dict) -> list[str]:
     """Settings as arguments of a script; None: not given."""

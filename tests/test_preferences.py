@@ -7,6 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from recipe_runs import QUICK_POST_TRAINING
 from tiny_models import save_with_tokenizer
 from transformers import AutoModel, AutoTokenizer
 from trl import DPOConfig, DPOTrainer
@@ -30,17 +31,7 @@ def folder(tmp_path_factory):
 
 
 def make_trainer(folder, output_dir, pairs=PAIRS, model=None, peft_config=None, alpha_0=None, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "max_steps": 1,
-        "report_to": "none",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-    }
+    defaults = QUICK_POST_TRAINING | {"per_device_train_batch_size": 4, "max_steps": 1}
     return EsoDPOTrainer(
         model or AutoModel.from_pretrained(folder),
         None,

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from holes import fill_in_masks
 from peft import LoraConfig
+from recipe_runs import QUICK_POST_TRAINING
 from tiny_models import backbone_config, random_batch, randomized_model, save_with_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -58,21 +59,8 @@ def table_reward(completion_ids, **columns):
 
 
 def arguments(folder, **settings):
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "num_generations": 4,
-        "max_completion_length": 8,
-        "max_steps": 2,
-        "report_to": "none",
-        "logging_steps": 1,
-        "use_cpu": True,
-        "bf16": False,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "learning_rate": 1e-3,
-    }
-    return GRPOConfig(str(folder), **defaults | settings)
+    rollouts = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 8}
+    return GRPOConfig(str(folder), **QUICK_POST_TRAINING | rollouts | {"learning_rate": 1e-3} | settings)
 
 
 @pytest.fixture(scope="module")
