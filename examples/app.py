@@ -45,7 +45,7 @@ class Arguments:
     """Which model, and where the page is."""
 
     model: str = field(default=DEFAULT_MODEL, metadata={"help": "name or folder of the Eso-LM"})
-    host: str = "127.0.0.1"
+    host: str | None = field(default=None, metadata={"help": "unset: this machine alone, or as a Space says"})
     port: int | None = field(default=None, metadata={"help": "unset: the first free one from 7860"})
     share: bool = field(default=False, metadata={"help": "lend the page an address of Gradio's"})
 

@@ -399,6 +399,11 @@ def test_numbers_that_visitors_type_are_looked_at(value):
         app.whole("seed", value, 100)
 
 
+def test_where_the_page_is_may_be_said_by_a_space():
+    (arguments,) = app.HfArgumentParser(app.Arguments).parse_args_into_dataclasses([])
+    assert arguments.host is None  # Gradio then asks the environment
+
+
 def test_a_model_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="must be the folder of an Eso-LM, or its name on the Hub, got 'nope/none'"):
         app.load("nope/none")
