@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from trl import DPOConfig, DPOTrainer
 
-from .evaluation_trajectories import require_reference, scores_plans, switch_off_dropout
+from .evaluation_trajectories import scores_plans
 from .generation_order import order_of_slots
 from .generation_plan import one_by_one
+from .training_trl import require_reference, switch_off_dropout
 from .validation import require_fraction
 
 

@@ -14,9 +14,10 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from .evaluation_trajectories import require_reference, scores_plans, switch_off_dropout
+from .evaluation_trajectories import scores_plans
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 from .modeling_inference import evaluation_mode
+from .training_trl import require_reference, switch_off_dropout
 
 ROLLOUTS_OF_OTHERS = (
     *("use_vllm", "use_transformers_continuous_batching"),
