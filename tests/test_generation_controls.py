@@ -345,7 +345,6 @@ class StepRecorder(BaseStreamer):
 def test_every_step_is_told_as_it_was(settings, prompt):
     model, streamer = randomized_model(), StepRecorder()
     prompt = None if prompt is None else torch.tensor(prompt)
-    torch.manual_seed(0)
     output = generate(model, input_ids=prompt, streamer=streamer, **settings)
     steps = streamer.steps
     assert [step.number for step in steps] == list(range(output.num_function_evaluations + 1))
@@ -363,12 +362,30 @@ def test_every_step_is_told_as_it_was(settings, prompt):
         assert not any(step.drafts or step.refused for step in steps)
 
 
-def test_drafts_and_refusals_are_told_as_they_are_counted():
+@pytest.mark.parametrize("settings", [{"num_diffusion_steps": 8}, {"lossless": True, "draft_length": 4}])
+def test_behind_the_end_of_a_text_nothing_is_told(settings):
+    model, ended = randomized_model(), 0
+    for seed in range(12):
+        streamer = StepRecorder()
+        output = generate(model, seed, streamer=streamer, eos_token_id=[3, 9, 14], pad_token_id=22, **settings)
+        for step in streamer.steps:
+            tokens = step.tokens.tolist()
+            end = min([tokens.index(token) for token in (3, 9, 14) if token in tokens], default=len(tokens)) + 1
+            ended += end < len(tokens) and MASK in tokens[:end]
+            assert tokens[end:] == [22] * len(tokens[end:])
+            assert not step.unmasking_steps[end:].any()
+            assert not step.log_probs[end:].any()
+            assert all(column < end for column in step.drafts)
+        assert torch.equal(streamer.steps[-1].tokens, output.sequences[0])
+    assert ended > 5
+
+
+@pytest.mark.parametrize("draft_length", [4, "auto"])
+def test_drafts_and_refusals_are_told_as_they_are_counted(draft_length):
     model, refusals = randomized_model(), 0
     for seed in range(8):
         streamer, accepted, offered = StepRecorder(), 0, 0
-        torch.manual_seed(seed)
-        output = generate(model, streamer=streamer, alpha_0=1.0, lossless=True, draft_length=4)
+        output = generate(model, seed, streamer=streamer, lossless=True, draft_length=draft_length)
         for before, after in pairwise(streamer.steps):
             assert all(before.tokens[column] == MASK for column in before.drafts)
             kept = [column for column, token in before.drafts.items() if after.tokens[column] == token]
@@ -380,7 +397,7 @@ def test_drafts_and_refusals_are_told_as_they_are_counted():
             accepted, offered = accepted + len(kept), offered + len(before.drafts)
             refusals += len(after.refused)
         assert (accepted, offered) == (output.drafts_accepted.item(), output.drafts_offered.item())
-    assert refusals > 4
+    assert draft_length == "auto" or refusals > 4
 
 
 @pytest.mark.parametrize("unmasking_order", [*ORDERS, "strided"])
