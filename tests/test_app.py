@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import app
 import pytest
@@ -356,6 +357,19 @@ def test_what_the_tabs_say_is_the_likelihood(folder):
             unmasking_order=order,
         )  # fmt: skip
         assert one == pytest.approx(-found.log_likelihood.item() / ids.shape[1], abs=1e-5)
+
+
+def test_a_run_that_another_has_taken_the_place_of_writes_nothing(folder):
+    served = app.load(str(folder))
+    visitor = SimpleNamespace(session_hash="one")
+    first, second = (served.begin(visitor)[0] for _ in range(2))
+    settings = (1.0, 2, "automatic", 0, 1.0, False)
+    assert list(served.write(visitor, first, "fox", 4, 0, 0.0, False, *settings, *settings)) == []
+    written = list(served.write(visitor, second, "fox", 4, 0, 0.0, False, *settings, *settings))
+    assert "4 of 4" not in written[0][0]
+    assert "<b>4</b> of 4 tokens" in written[-1][0]
+    served.leave(visitor)
+    assert not served.runs
 
 
 def test_settings_that_generate_refuses_are_told_as_it_says(folder):
