@@ -176,6 +176,7 @@ def test_a_cancelled_text_stays_as_it_is_and_another_can_be_written(visit, site,
     page = visit()
     write(page, "", 60, Steps=60)
     expect(page.locator("#text-A .text span.new")).not_to_have_count(0, timeout=10000)
+    expect(page.locator("#steps input[type=number]")).to_be_disabled()
     page.click("#cancel")
     expect(page.locator("#text-A i")).to_have_text("cancelled", timeout=10000)
     left = shown_text(page).count("·")
@@ -314,9 +315,10 @@ def test_who_leaves_is_forgotten_and_stops_what_was_being_written(visit, site, s
     assert site[0].turn.locked()
     page.close()
     deadline = time.time() + 15
-    while time.time() < deadline and site[0].turn.locked():
+    while time.time() < deadline and (site[0].turn.locked() or site[0].runs):
         time.sleep(0.05)
     assert not site[0].turn.locked()
+    assert not site[0].runs
 
 
 @needs_browser
