@@ -176,10 +176,10 @@ def _check(
         raise ValueError("`groups` must not descend along the slots of an order: a group is decided in one piece.")
     is_real = torch.ones_like(trajectories, dtype=torch.bool)
     if attention_mask is not None:
-        if attention_mask.shape[1] > length:
+        if attention_mask.dim() != 2 or attention_mask.shape[1] > length:
             raise ValueError(
                 f"`attention_mask` must be that of the prompts or of the trajectories, of at most {length} columns, "
-                f"got {attention_mask.shape[1]}."
+                f"got {attention_mask.shape[-1]}."
             )
         require_shape("attention_mask", attention_mask, (batch, attention_mask.shape[1]))
         require_attention_mask(attention_mask)

@@ -1,9 +1,7 @@
 """GRPO for Eso-LMs, on TRL's trainer (an optional dependency: `pip install ".[trl]"`)."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
 from typing import Any, cast
 
 import torch
@@ -12,11 +10,11 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from trl import GRPOConfig, GRPOTrainer
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import get_callable_name, is_async_callable
 
 from .evaluation_trajectories import scores_plans
 from .generation_configuration import EsoGenerateOutput, EsoGenerationConfig
 from .modeling_inference import evaluation_mode
+from .training_rewards import checked_reward
 from .training_trl import require_reference, switch_off_dropout
 
 ROLLOUTS_OF_OTHERS = (
@@ -30,7 +28,6 @@ SET_ELSEWHERE = {  # settings of `generate`, and by what they are set in place o
     "num_return_sequences": "`num_generations`",
     "eos_token_id": "the tokenizer, and the model's generation config",
 }
-LARGEST_REWARD = torch.finfo(torch.float32).max
 
 
 @dataclass
@@ -312,72 +309,9 @@ def _check_settings(args: GRPOConfig) -> None:
         raise ValueError(f"`reward_weights` must be finite numbers, got {args.reward_weights}.")
     args.max_completion_length = args.max_completion_length or None
     if args.max_completion_length is None:
-        for name in ("loss_type", "mask_truncated_completions"):
-            if getattr(args, name) in ("dr_grpo", True):
-                raise ValueError(f"`{name}={getattr(args, name)!r}` needs `max_completion_length`: set it.")
-
-
-def checked_reward(function: Any) -> Any:
-    """A reward function whose failures, and rewards that are no numbers, are errors that say where they come from.
-
-    Reward models, and their names, stay as they are.
-    """
-    if not callable(function) or isinstance(function, nn.Module):
-        return function
-    name = get_callable_name(function)
-
-    def failed(error: Exception, prompts: list) -> ValueError:
-        return ValueError(
-            f"The reward function {name!r} failed with {type(error).__name__}: {error}; on {len(prompts)} "
-            f"completions, the first of the prompt {prompts[0]!r}."
-        )
-
-    reward: Callable
-    if is_async_callable(function):
-
-        @wraps(function, updated=())
-        async def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
-            try:
-                rewards = await function(prompts=prompts, completions=completions, **columns)
-            except Exception as error:
-                raise failed(error, prompts) from error
-            return _require_numbers(name, rewards, prompts, completions)
-
-    else:
-
-        @wraps(function, updated=())
-        def reward(prompts: list, completions: list, **columns: Any) -> list[float | None]:
-            try:
-                rewards = function(prompts=prompts, completions=completions, **columns)
-            except Exception as error:
-                raise failed(error, prompts) from error
-            return _require_numbers(name, rewards, prompts, completions)
-
-    reward.__name__ = name
-    return reward
-
-
-def _require_numbers(name: str, rewards: Any, prompts: list, completions: list) -> list[float | None]:
-    """The rewards, a number or None each."""
-    if rewards is None or isinstance(rewards, int | float | str | dict):
-        raise ValueError(f"The reward function {name!r} must return a list of numbers, or None, got {rewards!r}.")
-    rewards, values = list(rewards), []
-    if len(rewards) != len(prompts):
-        raise ValueError(
-            f"The reward function {name!r} returned {len(rewards)} rewards of {len(prompts)} completions."
-        )
-    for reward, prompt, completion in zip(rewards, prompts, completions, strict=True):
-        try:
-            value = None if reward is None else float(reward)
-        except (TypeError, ValueError):
-            value = math.nan
-        if value is not None and not abs(value) <= LARGEST_REWARD:
-            raise ValueError(
-                f"The reward function {name!r} returned {reward!r}, which is no finite number (nor None), for the "
-                f"completion {completion!r} of the prompt {prompt!r}."
-            )
-        values.append(value)
-    return values
+        for name, value in (("loss_type", "dr_grpo"), ("mask_truncated_completions", True)):
+            if getattr(args, name) == value:
+                raise ValueError(f"`{name}={value!r}` needs `max_completion_length`: set it.")
 
 
 __all__ = ["EsoGRPOTrainer"]

@@ -136,10 +136,10 @@ def load_lines(name: str, *forms: tuple[str, ...]) -> Dataset:
     if form is None:
         wanted = ", or ".join(" and ".join(f"`{field}`" for field in fields) for fields in forms)
         raise ValueError(f"{name} must have the fields {wanted}: {data.column_names}.")
-    for index, row in enumerate(data.select_columns(list(form))):
-        absent = [field for field in form if row[field] is None]
-        if absent:
-            raise ValueError(f"Example {index} of {name} lacks {absent}.")
+    if any(data.data.column(field).null_count for field in form):
+        absent = ([field for field in form if row[field] is None] for row in data)
+        index, fields = next((index, fields) for index, fields in enumerate(absent) if fields)
+        raise ValueError(f"Example {index} of {name} lacks {fields}.")
     return data
 
 

@@ -9,7 +9,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
-from tiny_models import randomized_model
+from datasets import Dataset
+from holes import fill_in_masks
+from tiny_models import randomized_model, save_with_tokenizer
+from transformers import AutoModel, AutoTokenizer
 
 # transformers' own tests run where its files are at hand: see transformers_common/README.md.
 collect_ignore = [] if "TRANSFORMERS_TESTS" in os.environ else ["transformers_common"]
@@ -59,3 +62,20 @@ def small_config(tmp_path_factory) -> Path:
         )
     )
     return path
+
+
+@pytest.fixture(scope="session")
+def policy_folder(tmp_path_factory):
+    """A saved model, with dropout, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("policy")
+    save_with_tokenizer(folder, hidden_dropout=0.3)
+    return folder
+
+
+@pytest.fixture
+def policy(policy_folder):
+    """The model, its tokenizer from the folder, and prompts: with holes, without, of different lengths."""
+    tokenizer = AutoTokenizer.from_pretrained(policy_folder)
+    prompts = ["The quick", "jumps <mask:3> the dog", "lazy", "<mask:2>fox<mask:1> the quick brown"]
+    data = Dataset.from_dict({"prompt": [fill_in_masks(prompt, tokenizer.mask_token) for prompt in prompts]})
+    return AutoModel.from_pretrained(policy_folder), tokenizer, data
