@@ -83,6 +83,12 @@ def test_rewards_may_be_none_tensors_or_asynchronous(policy, tmp_path):
     trainer.train()
     assert trainer.state.log_history[0]["rewards/later/mean"] == 2
     assert trainer.state.log_history[0]["rewards/sometimes/mean"] == 1
+
+    async def late_and_broken(completions, **columns):
+        raise KeyError("answer")
+
+    with pytest.raises(ValueError, match="The reward function 'late_and_broken' failed with KeyError: 'answer'"):
+        make_trainer(policy, tmp_path, late_and_broken).train()
     with pytest.raises(ValueError, match="'late_and_wrong' returned nan"):
         make_trainer(policy, tmp_path, late_and_wrong).train()
 

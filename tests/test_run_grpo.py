@@ -166,3 +166,18 @@ def test_pairs_that_are_refused(task, tmp_path):
         prefer(task, tmp_path, [{"prompt": "a", "chosen": "b"}])
     with pytest.raises(ValueError, match=r"Example 8 of .* lacks \['rejected'\]"):
         prefer(task, tmp_path, [*PAIRS, {"prompt": "a", "chosen": "b"}])
+
+
+def test_prompts_may_begin_a_document_and_have_holes(task, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(task / "start")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1<mask:2>"}\n')
+    for begin_of_text, begin in ((True, tokenizer.eos_token), (False, "")):
+        prompts = run_grpo.load_prompts(str(tmp_path / "prompts.jsonl"), tokenizer, begin_of_text)
+        assert prompts["prompt"] == [begin + "1" + 2 * tokenizer.mask_token]
+
+
+@pytest.mark.parametrize("recipe", [run_grpo, run_dpo])
+def test_half_precision_is_for_who_has_a_gpu_or_asks(recipe, tmp_path):
+    given = ["--model=m", "--train_file=f", f"--output_dir={tmp_path}"] + ["--reward=r"] * (recipe is run_grpo)
+    assert recipe.parse_args(given)[1].bf16 is torch.cuda.is_available()
+    assert recipe.parse_args([*given, "--use_cpu=true", "--bf16=true"])[1].bf16 is True
