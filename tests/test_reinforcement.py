@@ -73,6 +73,21 @@ def test_after_training_rollouts_are_still_those_of_the_policy(policy, tmp_path,
     assert (moved - before).abs().max() > 0.1
 
 
+def test_rollouts_are_written_in_evaluation_mode(policy, tmp_path, monkeypatch):
+    """Without it none of them goes by the fast decoding step."""
+    trainer, seen = make_trainer(policy, tmp_path), []
+    generate = type(trainer.policy).generate
+
+    def noted(model, *arguments, **settings):
+        seen.append(model.training)
+        return generate(model, *arguments, **settings)
+
+    monkeypatch.setattr(type(trainer.policy), "generate", noted)
+    rolled_out(trainer)
+    assert seen == [False]
+    assert trainer.model.training
+
+
 def test_half_precision_trains(policy, tmp_path):
     trainer = make_trainer(policy, tmp_path, bf16=True, num_iterations=2, generation_kwargs=MODES["parallel"])
     trainer.train()
