@@ -30,8 +30,8 @@ class Autoregressive:
 
     def __call__(self, model, input_ids, generator=None):
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.start_token_id)
-        logits = model(shifted, position_ids=text_positions(shifted)).logits
-        return cross_entropy(logits, input_ids).mean(dim=1)
+        states = model.model(shifted, position_ids=text_positions(shifted)).last_hidden_state
+        return mean_loss(model, states, input_ids, torch.ones(input_ids.shape, device=states.device))
 
 
 class MaskedDiffusion:
@@ -42,8 +42,8 @@ class MaskedDiffusion:
         times = sample_times(batch, generator)[:, None].expand(batch, length)
         noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
         with bidirectional(model):
-            logits = model(noisy, position_ids=text_positions(noisy)).logits
-        return (weights * cross_entropy(logits, input_ids)).mean(dim=1)
+            states = model.model(noisy, position_ids=text_positions(noisy)).last_hidden_state
+        return mean_loss(model, states, input_ids, weights)
 
 
 class BlockDiffusion:
@@ -63,20 +63,20 @@ class BlockDiffusion:
         times = times[torch.randperm(len(times), generator=generator)].view(batch, -1)
         times = times.repeat_interleave(self.block_length, dim=1)
         noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
-        return (weights * cross_entropy(self.logits(model, input_ids, noisy), input_ids)).mean(dim=1)
+        return mean_loss(model, self.states(model, input_ids, noisy), input_ids, weights)
 
-    def logits(self, model: EsoForMaskedDiffusion, clean: torch.LongTensor, noisy: torch.LongTensor) -> torch.Tensor:
-        """Logits of the noisy text (batch, length, vocab), each block given the clean ones before it."""
+    def states(self, model: EsoForMaskedDiffusion, clean: torch.LongTensor, noisy: torch.LongTensor) -> torch.Tensor:
+        """Hidden states of the noisy text (batch, length, hidden), each block given the clean ones before it."""
         length = clean.shape[1]
         block = torch.arange(length, device=clean.device) // self.block_length
         earlier, same = block[None] < block[:, None], block[None] == block[:, None]
         is_visible = torch.cat([torch.cat([earlier | same, torch.zeros_like(same)], 1), torch.cat([earlier, same], 1)])
-        return model(
+        states = model.model(
             torch.cat([clean, noisy], dim=1),
             position_ids=text_positions(clean).repeat(1, 2),
             attention_mask=is_visible[None, None],
-            logits_to_keep=length,
-        ).logits
+        ).last_hidden_state
+        return states[:, length:]
 
 
 class Esoteric:
@@ -91,9 +91,16 @@ class Esoteric:
         return loss.expand(len(input_ids))
 
 
-def cross_entropy(logits: torch.Tensor, input_ids: torch.LongTensor) -> torch.Tensor:
-    """Of every token, (batch, length), under logits (batch, length, vocab)."""
-    return F.cross_entropy(logits.float().transpose(1, 2), input_ids, reduction="none")
+def mean_loss(
+    model: EsoForMaskedDiffusion, states: torch.Tensor, input_ids: torch.LongTensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """Weighted cross entropies of the tokens of each row, over their number, (batch,).
+
+    Logits, the largest part of a small model's step, are computed where there is a weight.
+    """
+    counts = weights > 0
+    losses = F.cross_entropy(model.compute_logits(states[counts]).float(), input_ids[counts], reduction="none")
+    return torch.zeros_like(weights).masked_scatter(counts, weights[counts] * losses).mean(dim=1)
 
 
 def add_noise(

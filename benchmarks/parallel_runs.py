@@ -1,13 +1,19 @@
-"""Runs of a benchmark in processes of their own, side by side, one thread each."""
+"""Runs of a benchmark in processes of their own, side by side, which end with the process that started them.
+
+As a script, `parallel_runs.py SCRIPT ARGUMENTS`, it is such a process: it does what `python SCRIPT ARGUMENTS` does.
+"""
 
 import argparse
 import os
+import runpy
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 
@@ -26,21 +32,24 @@ def run_in_processes(
     logs: Path,
     processes: int,
     description: str = "Runs",
+    threads: int = 1,
 ) -> None:
     """Starts a script with `--run NAME` added to its arguments, for each name that is not complete.
 
     Small models gain little from a second thread: so many runs on a core each take less time than one after the
-    other on all of them.
+    other on all of them. When this process is killed, in whatever way, its runs end too.
 
     Args:
         command: The script and its arguments.
         names: Of the runs.
         is_complete: Whether the results of a run are there.
-        logs: Folder for what the runs print.
+        logs: Folder for what the runs print, and for a lock, so that nobody else starts runs there meanwhile.
         processes: Runs at a time.
         description: Of the progress bar.
+        threads: Of each run.
 
     Raises:
+        ValueError: when another process is starting runs in the folder.
         RuntimeError: when a run fails; the others of its time are run to their end.
     """
     logs.mkdir(parents=True, exist_ok=True)
@@ -49,13 +58,37 @@ def run_in_processes(
         if is_complete(name):
             return
         log = logs / f"{name.replace(':', '_')}.log"
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        line = [sys.executable, *command, "--run", name]
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        line = [sys.executable, __file__, *command, "--run", name]
         with log.open("w", encoding="utf-8") as file:
-            finished = subprocess.run(line, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment)
-        if finished.returncode != 0:
+            options = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT, "env": environment}
+            # Nothing is written to its standard input, which is closed when this process ends.
+            with subprocess.Popen(line, **options) as process:
+                status = process.wait()
+        if status != 0:
             raise RuntimeError(f"The run {name!r} failed: see {log}.")
 
-    with ThreadPoolExecutor(processes) as pool:
-        for _ in tqdm(pool.map(run, names), total=len(names), desc=description):
-            pass
+    try:
+        with FileLock(logs / "lock", timeout=0), ThreadPoolExecutor(processes) as pool:
+            for _ in tqdm(pool.map(run, names), total=len(names), desc=description):
+                pass
+    except Timeout:
+        raise ValueError(
+            f"Another process runs benchmarks in {logs.parent}: wait for it, or choose a folder."
+        ) from None
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the one that started it is gone, and with it the other end of standard input."""
+
+    def wait() -> None:
+        os.read(sys.stdin.fileno(), 1)  # not `sys.stdin.read()`, whose lock Python's own end would wait for
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+if __name__ == "__main__":
+    end_with_parent()
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")

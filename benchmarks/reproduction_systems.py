@@ -1,11 +1,12 @@
 """The systems that `reproduce.py` compares: their sizes, their losses, and the settings that they are sampled at.
 
-Under the same settings text is scored: the exact likelihood of a sampler, of any number of forwards.
+A setting is that of a sampler: held-out text is scored under it, texts are sampled with it, and it is timed.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, Sampler
@@ -16,9 +17,27 @@ from transformers import PreTrainedTokenizerBase
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
 
-ALPHAS = (1.0, 0.5, 0.25, 0.125, 0.0)
+ALPHAS = (1.0, 0.5, 0.25, 0.0)
 BLOCKS = (4, 16)
 ENTROPY_BOUNDS = (4.0, 16.0, 64.0)  # nats
+HEAD = "+head"  # ends the name of an Eso-LM with a draft head, which is trained for the model of the name before it
+WITH_HEAD = (0.25, 0.0)  # α_0 of those
+CARRYING = ("ar", "mdm", "eso_1", "eso_0.25")  # the claims: trained with every seed, the others with the first one
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a system is trained."""
+
+    learning_rate: float
+    left_to_right: float = 0.0  # share of the steps, at the start, in which masks learn from what is to their left
+
+
+RECIPES = {  # each system is trained with the best for it
+    "2e-3_left_to_right_first": Recipe(2e-3, left_to_right=0.3),
+    "4e-3_left_to_right_first": Recipe(4e-3, left_to_right=0.3),
+    "4e-3": Recipe(4e-3),
+}
 
 
 @dataclass
@@ -32,38 +51,58 @@ class Scale:
     batch_size: int  # rows of a step
     steps: int
     judge_steps: int
-    tune_steps: int  # of each try of a learning rate
+    tune_steps: int  # of each try of a recipe
+    head_steps: int  # of a draft head
     held_out_rows: int
     num_draws: int  # of the noise, for a NELBO
     num_orders: int  # for the bound of an exact likelihood
     num_samples: int  # at each setting
     diffusion_steps: tuple[int, ...]  # settings of masked diffusion and Eso-LMs
+    num_timed: int  # calls at each setting and batch size, of which the median counts
+    num_plans: int = 2  # for the exact likelihood of a sampler, where one pass gives it
     every: int = 1  # one document of so many
-    num_plans: int = 3  # for the exact likelihood of a sampler, where one pass gives it
 
 
 SCALES = {
-    "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 16, 8, 2, 4, (4, 16), every=60, num_plans=2),
-    "minutes": Scale(128, 3, 128, 2048, 16, 400, 500, 100, 64, 8, 8, 32, (8, 32, 128)),
-    "hours": Scale(128, 4, 128, 2048, 16, 2400, 3000, 300, 128, 16, 16, 64, (4, 8, 16, 32, 64, 128)),
-    "gpu": Scale(768, 12, 1024, 16384, 64, 50_000, 60_000, 2000, 512, 16, 16, 64, (8, 16, 64, 256, 1024)),
+    "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 2, 16, 8, 2, 16, (4, 16), num_timed=1, every=60),
+    "minutes": Scale(64, 2, 64, 512, 16, 100, 120, 30, 30, 32, 4, 4, 32, (4, 16, 64), num_timed=1, every=4),
+    "hours": Scale(
+        *(96, 3, 128, 1024, 16, 2000, 2000, 300, 400, 128, 16, 16, 128), (4, 8, 16, 32, 64, 128), num_timed=5
+    ),
+    "gpu": Scale(
+        *(768, 12, 1024, 16384, 64, 50_000, 60_000, 2000, 5000, 512, 16, 16, 512), (8, 16, 64, 256, 1024), num_timed=5
+    ),
 }
 
 
 def systems() -> dict[str, str]:
-    """Short names of the systems and what they are called."""
+    """Short names of the systems that are trained, and what they are called."""
     blocks = {f"bd{length}": f"block diffusion, {length}" for length in BLOCKS}
-    eso = {f"eso_{alpha_0:g}": f"Eso-LM, α₀ = {alpha_0:g}" for alpha_0 in ALPHAS}
-    return {"ar": "AR", "mdm": "masked diffusion"} | blocks | eso
+    return {"ar": "AR", "mdm": "masked diffusion"} | blocks | {f"eso_{a:g}": f"Eso-LM, α₀ = {a:g}" for a in ALPHAS}
+
+
+def systems_with_heads() -> dict[str, str]:
+    """The same of draft heads on top of some of them."""
+    return {f"eso_{a:g}{HEAD}": f"Eso-LM, α₀ = {a:g}, draft head" for a in WITH_HEAD}
 
 
 def alpha_of(name: str) -> float | None:
     """α_0 of an Eso-LM; None for the other systems."""
-    return float(name.removeprefix("eso_")) if name.startswith("eso_") else None
+    return float(name.removeprefix("eso_").removesuffix(HEAD)) if name.startswith("eso_") else None
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float, scale: Scale) -> EsoForMaskedDiffusion:
-    """The layers that all systems share, with fresh weights."""
+def seeds_of(name: str, count: int) -> range:
+    """The seeds of a system."""
+    return range(count if name in CARRYING else 1)
+
+
+def is_autoregressive(name: str) -> bool:
+    """Whether the loss is exact, and not a NELBO: of the AR model, and the judge."""
+    return name in ("ar", "judge")
+
+
+def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float | None, scale: Scale) -> EsoForMaskedDiffusion:
+    """The layers that all systems share, with fresh weights; `alpha_0` of an Eso-LM."""
     return EsoForMaskedDiffusion(
         EsoConfig(
             **vocabulary_of(tokenizer),
@@ -72,13 +111,13 @@ def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float, scale: Scale) 
             num_attention_heads=max(scale.hidden_size // 64, 4),
             max_position_embeddings=scale.length,
             hidden_dropout=0.0,
-            alpha_0=alpha_0,
+            alpha_0=1.0 if alpha_0 is None else alpha_0,
         )
     )
 
 
 def objective_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
-    if name in ("ar", "judge"):
+    if is_autoregressive(name):
         return Autoregressive(tokenizer.eos_token_id)
     if name == "mdm":
         return MaskedDiffusion()
@@ -87,7 +126,7 @@ def objective_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
     return Esoteric(alpha_of(name), tokenizer.mask_token_id)
 
 
-def sampler_of(name: str, model: EsoForMaskedDiffusion, start_token_id: int) -> Sampler:
+def baseline_of(name: str, model: EsoForMaskedDiffusion, start_token_id: int) -> Sampler:
     """The decoding loop of a baseline."""
     if name == "ar":
         return AutoregressiveSampler(model, start_token_id)
@@ -96,54 +135,47 @@ def sampler_of(name: str, model: EsoForMaskedDiffusion, start_token_id: int) -> 
     return BlockDiffusionSampler(model, int(name.removeprefix("bd")))
 
 
-def baseline_settings(name: str, scale: Scale) -> list[dict]:
-    """Of a baseline: its steps, of the text in masked diffusion, and of each block in block diffusion."""
+def settings_of(name: str, scale: Scale) -> list[dict[str, Any]]:
+    """All that a system is sampled and scored with.
+
+    Of masked diffusion its steps, and of block diffusion those of each block, to one token a forward. Of an Eso-LM
+    arguments of `generate`: strided and random steps with all tokens in parallel, as many strided ones at its own α_0,
+    entropy bounds, one token a forward, and lossless decoding at 1, its own α_0 and 0. At a small α_0 most forwards
+    are those of the sequential phase: every other number of steps tells enough. With a draft head, what it is for:
+    steps from left to right, and lossless decoding.
+    """
+    alpha_0 = alpha_of(name)
     if name == "ar":
         return [{}]
     if name == "mdm":
-        return [{"steps": steps} for steps in scale.diffusion_steps]
-    return [{"steps": steps} for steps in (1, 2, 4, 8, 16) if steps <= int(name.removeprefix("bd"))]
-
-
-def baseline_scoring_settings(name: str, scale: Scale) -> list[dict]:
-    """Of a baseline, what text is scored under: also, at last, one token a forward."""
-    return baseline_settings(name, scale) + ([] if name == "ar" else [{"steps": "max"}])
-
-
-def eso_settings(alpha_0: float, scale: Scale) -> list[dict]:
-    """Grids of α_0 at sampling and steps, in random and strided order; and lossless decoding."""
+        return [{"steps": steps} for steps in (*scale.diffusion_steps, "max")]
+    if alpha_0 is None:
+        block_length = int(name.removeprefix("bd"))
+        return [{"steps": steps} for steps in (1, 2, 4, 8, 16, "max") if steps == "max" or steps <= block_length]
+    alphas = sorted({1.0, alpha_0, 0.0}, reverse=True)
+    lossless = [in_order(alpha, "strided", lossless=True) for alpha in alphas]
+    if name.endswith(HEAD):
+        steps = [in_order(1.0, "left_to_right", num_diffusion_steps=count) for count in scale.diffusion_steps]
+        return steps + lossless
+    # A model that has never seen masks beside each other has nothing to say in parallel.
+    one_by_one = [in_order(alpha, "strided", num_diffusion_steps="max") for alpha in alphas]
     if alpha_0 == 0:
-        return [{"alpha_0": 0.0}]
-    alphas = sorted({1.0, 0.5, alpha_0}, reverse=True)
-    fixed = [
-        {"alpha_0": alpha, "num_diffusion_steps": steps, "unmasking_order": order}
-        for alpha in alphas
-        for order in ("random", "strided")
-        for steps in scale.diffusion_steps
-    ]
-    return fixed + [{"alpha_0": alpha, "lossless": True, "unmasking_order": "strided"} for alpha in alphas]
+        return [one_by_one[-1], lossless[-1]]
+    orders = ("random", "strided")
+    steps = [in_order(1.0, order, num_diffusion_steps=count) for order in orders for count in scale.diffusion_steps]
+    if alpha_0 < 1:
+        steps += [in_order(alpha_0, "strided", num_diffusion_steps=count) for count in scale.diffusion_steps[::2]]
+    bounded = [in_order(1.0, "strided", entropy_bound=bound) for bound in ENTROPY_BOUNDS]
+    return steps + bounded + one_by_one + lossless
 
 
-def eso_scoring_settings(alpha_0: float, scale: Scale) -> list[dict]:
-    """Of an Eso-LM, what text is scored under: an α_0 at sampling of 1, and that of training; entropy bounds at 1.
-
-    At a smaller α_0 most forwards are those of the sequential phase: every other number of steps tells enough.
-    """
-    if alpha_0 == 0:
-        return [{"alpha_0": 0.0}]
-    settings = []
-    for alpha in dict.fromkeys((1.0, alpha_0)):
-        for order in ("random", "strided"):
-            common = {"alpha_0": alpha, "unmasking_order": order}
-            steps = scale.diffusion_steps if alpha == 1 else scale.diffusion_steps[::2]
-            settings += [common | {"num_diffusion_steps": count} for count in steps]
-            settings.append(common | {"lossless": True})
-    bounded = {"alpha_0": 1.0, "unmasking_order": "strided"}
-    return settings + [bounded | {"entropy_bound": bound} for bound in ENTROPY_BOUNDS]
+def in_order(alpha_0: float, order: str, **how: Any) -> dict[str, Any]:
+    """A setting of `generate`; α_0 = 0 has one order."""
+    return {"alpha_0": alpha_0, "unmasking_order": "left_to_right" if alpha_0 == 0 else order} | how
 
 
-Sample = Callable[[int], tuple[torch.LongTensor, int]]
-"""Samples, (batch, length), of a batch size, and the number of forwards."""
+Sample = Callable[[int], torch.LongTensor]
+"""Samples, (batch, length), of a batch size."""
 
 Score = Callable[[torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
 """Of texts, (batch, length): the mean over plans of -log p(x | plan) in nats, and of the forwards, (batch,) each."""
@@ -151,55 +183,46 @@ Score = Callable[[torch.LongTensor], tuple[torch.Tensor, torch.Tensor]]
 
 def samplers(
     name: str, model: EsoForMaskedDiffusion, start_token_id: int, scale: Scale
-) -> Iterator[tuple[dict, Sample]]:
-    """The settings to sample a system with, and how."""
-    if alpha_of(name) is None:
-        sampler = sampler_of(name, model, start_token_id)
-        for setting in baseline_settings(name, scale):
-            yield setting, partial(sample_baseline, sampler, scale.length, setting)
-    else:
-        for setting in eso_settings(alpha_of(name), scale):
-            yield setting, partial(sample_eso_lm, model, scale.length, setting)
-
-
-def scorers(
-    name: str, model: EsoForMaskedDiffusion, start_token_id: int, scale: Scale
-) -> Iterator[tuple[dict, Score]]:
-    """The settings to score text under a system with, and how."""
-    if alpha_of(name) is None:
-        sampler = sampler_of(name, model, start_token_id)
-        for setting in baseline_scoring_settings(name, scale):
-            yield setting, partial(score_baseline, sampler, setting)
-    else:
-        for setting in eso_scoring_settings(alpha_of(name), scale):
-            yield setting, partial(score_eso_lm, model, setting, scale.num_plans)
+) -> Iterator[tuple[dict[str, Any], Sample, Score]]:
+    """The settings of a system, and how it samples and scores with each."""
+    baseline = baseline_of(name, model, start_token_id) if alpha_of(name) is None else None
+    for setting in settings_of(name, scale):
+        if baseline is not None:
+            yield (
+                setting,
+                partial(sample_baseline, baseline, scale.length, setting),
+                partial(score_baseline, baseline, setting),
+            )
+        else:
+            yield (
+                setting,
+                partial(sample_eso_lm, model, scale.length, setting),
+                partial(score_eso_lm, model, setting, scale.num_plans),
+            )
 
 
 @torch.no_grad()
-def sample_baseline(sampler: Sampler, length: int, setting: dict, batch: int) -> tuple[torch.LongTensor, int]:
-    """The last tokens of a decoding loop, (batch, length), and the number of its forwards."""
-    states = [tokens.clone() for tokens in sampler.steps(batch, length, *setting.values())]
-    return states[-1], len(states)
+def sample_baseline(sampler: Sampler, length: int, setting: dict[str, Any], batch: int) -> torch.LongTensor:
+    """A [`Sample`]: the last tokens of a decoding loop."""
+    *_, tokens = sampler.steps(batch, length, *setting.values())
+    return tokens.clone()
 
 
-def sample_eso_lm(
-    model: EsoForMaskedDiffusion, length: int, setting: dict, batch: int
-) -> tuple[torch.LongTensor, int]:
-    """Samples of `generate`, (batch, length), and the number of its forwards."""
-    output = model.generate(
-        max_new_tokens=length, num_return_sequences=batch, eos_token_id=None, return_dict_in_generate=True, **setting
-    )
-    return output.sequences, output.num_function_evaluations
+def sample_eso_lm(model: EsoForMaskedDiffusion, length: int, setting: dict[str, Any], batch: int) -> torch.LongTensor:
+    """A [`Sample`] of `generate`."""
+    return model.generate(max_new_tokens=length, num_return_sequences=batch, eos_token_id=None, **setting)
 
 
-def score_baseline(sampler: Sampler, setting: dict, text: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+def score_baseline(
+    sampler: Sampler, setting: dict[str, Any], text: torch.LongTensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """A [`Score`], under one plan a row."""
     log_likelihood, forwards = sampler.log_likelihood(text, *setting.values())
     return -log_likelihood, torch.full_like(log_likelihood, forwards)
 
 
 def score_eso_lm(
-    model: EsoForMaskedDiffusion, setting: dict, num_plans: int, text: torch.LongTensor
+    model: EsoForMaskedDiffusion, setting: dict[str, Any], num_plans: int, text: torch.LongTensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [`Score`], under `num_plans` plans a row."""
     return score_sampler(model, text, setting, num_plans)

@@ -182,11 +182,13 @@ def score_samplers(
     return points
 
 
-def frontier(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The points that no other one of as few forwards beats, by ascending forwards."""
+def frontier(
+    points: list[dict[str, Any]], cost: str = "forwards", loss: str = "nats_per_token"
+) -> list[dict[str, Any]]:
+    """The points that no other one of the same cost or less beats, by ascending cost."""
     best: list[dict[str, Any]] = []
-    for point in sorted(points, key=lambda point: (point["forwards"], point["nats_per_token"])):
-        if not best or point["nats_per_token"] < best[-1]["nats_per_token"]:
+    for point in sorted(points, key=lambda point: (point[cost], point[loss])):
+        if not best or point[loss] < best[-1][loss]:
             best.append(point)
     return best
 

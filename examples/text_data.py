@@ -150,8 +150,9 @@ def write_texts(path: Path, texts: list[str]) -> None:
 
 
 def hold_out_twentieth(documents: list[str]) -> tuple[list[str], list[str]]:
-    """Every twentieth document, and all others."""
-    return documents[::20], [document for index, document in enumerate(documents) if index % 20]
+    """Every twentieth document, and all others, without the paragraphs that they share with those."""
+    held_out = documents[::20]
+    return held_out, without_overlap([document for index, document in enumerate(documents) if index % 20], held_out)
 
 
 def hold_out_first(texts: AnyDataset, count: int | None) -> tuple[AnyDataset | None, AnyDataset]:
@@ -166,7 +167,10 @@ def hold_out_first(texts: AnyDataset, count: int | None) -> tuple[AnyDataset | N
 
 
 def load_documents(arguments: TextArguments) -> tuple[AnyDataset | None, AnyDataset]:
-    """The documents that are held out, if any are, and the others."""
+    """The documents that are held out, if any are, and the others.
+
+    Of what every Python carries, without the paragraphs that they share. Other texts are taken as they are.
+    """
     texts = load_text_dataset(
         arguments.dataset,
         arguments.dataset_config,
@@ -174,7 +178,10 @@ def load_documents(arguments: TextArguments) -> tuple[AnyDataset | None, AnyData
         arguments.text_column,
         streaming=arguments.streaming,
     )
-    return hold_out_first(texts, arguments.held_out_documents)
+    held_out, others = hold_out_first(texts, arguments.held_out_documents)
+    if arguments.dataset == "python" and held_out is not None and not arguments.streaming:
+        others = Dataset.from_dict({"text": without_overlap(others["text"][:], held_out["text"][:])})
+    return held_out, others
 
 
 def make_rows(

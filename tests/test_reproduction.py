@@ -3,25 +3,35 @@
 import itertools
 import json
 import math
-from types import SimpleNamespace
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import adaptation
+import parallel_runs
 import pytest
 import reproduce
+import reproduction_runs
 import torch
 import torch.nn.functional as F
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, filled_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from likelihoods import frontier, per_token
+from likelihoods import frontier
 from ngram import KneserNey
 from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, add_noise
 from parallel_runs import run_in_processes
-from reproduction_report import budgets_report, is_on_frontier, plot_budgets
+from reproduction_figures import COLORS, looks_of, plot_budgets
+from reproduction_report import averaged, budgets_table, fair_points, samplers_table
+from reproduction_systems import CARRYING, RECIPES, SCALES, WITH_HEAD, samplers
 from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
-from eso_lm import DataCollatorForHybridMaskedDiffusion
+from eso_lm import DataCollatorForHybridMaskedDiffusion, EsoForMaskedDiffusion
 
 MASK = 23
 
@@ -62,7 +72,7 @@ def test_block_diffusion_sees_what_its_sampler_sees(block_length):
     """Both streams side by side equal the passes of the sampler, block by block on a cache."""
     model, text = randomized_model(), random_batch(randomized_model(), 3, 6)
     noisy, _ = add_noise(text, torch.full((3, 6), 0.5), MASK, seeded())
-    logits = BlockDiffusion(block_length).logits(model, text, noisy)
+    logits = model.compute_logits(BlockDiffusion(block_length).states(model, text, noisy))
     sampler, cache = BlockDiffusionSampler(model, block_length), filled_cache(model, 3, 6, 0)
     for first in range(0, 6, block_length):
         block = slice(first, first + block_length)
@@ -76,7 +86,7 @@ def test_blocks_of_one_token_average_to_the_exact_loss():
     model, text = randomized_model(), random_batch(randomized_model(), 1, 4)
     generator = seeded()
     mean = BlockDiffusion(1)(model, text.expand(4000, 4), generator).mean()
-    logits = BlockDiffusion(1).logits(model, text, torch.full_like(text, MASK))
+    logits = model.compute_logits(BlockDiffusion(1).states(model, text, torch.full_like(text, MASK)))
     assert mean == pytest.approx(F.cross_entropy(logits[0], text[0]).item(), rel=0.02)
     with pytest.raises(ValueError, match="multiple of 3"):
         BlockDiffusion(3)(model, text)
@@ -134,17 +144,6 @@ def test_nothing_that_is_trained_on_is_held_out(held_out, documents):
     assert found == [document for document in expected if document]
 
 
-@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=8, unique=True))
-def test_the_frontier_is_what_nothing_beats(pairs):
-    points = [{"nfe": cost, "judge_nats": loss} for cost, loss in pairs]
-    on_frontier = {(p["nfe"], p["judge_nats"]) for p in points if is_on_frontier(p, points, "nfe")}
-    cheapest = min(cost for cost, _ in pairs)
-    assert min(loss for _, loss in pairs) in {loss for _, loss in on_frontier}
-    assert min(loss for cost, loss in pairs if cost == cheapest) in {loss for _, loss in on_frontier}
-    for first, second in itertools.permutations(on_frontier, 2):
-        assert not (first[0] <= second[0] and first[1] < second[1])
-
-
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 5)), min_size=1, max_size=8))
 def test_the_best_by_budget_falls_and_nothing_beats_it(pairs):
     points = [{"forwards": forwards, "nats_per_token": loss} for forwards, loss in pairs]
@@ -156,68 +155,106 @@ def test_the_best_by_budget_falls_and_nothing_beats_it(pairs):
         assert min(other for cost, other in best if cost <= forwards) <= loss
 
 
-def budgets_of(name: str) -> list[dict]:
-    """The exact likelihoods of a system with random weights, at the smoke scale."""
-    model = randomized_model(scale=0.2)
-    corpus = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=3), held_out=random_batch(model, 16, 16))
-    return reproduce.budgets(name, model, corpus, reproduce.parse_args(["--scale", "smoke", "--sampling-batch", "8"]))
+def scored(name: str, model: EsoForMaskedDiffusion, text: torch.LongTensor) -> list[tuple[dict, float, float]]:
+    """Every setting of a system at the smoke scale, exact nats per token of a text, and the mean of its forwards."""
+    found = []
+    for setting, _, score in samplers(name, model, 3, SCALES["smoke"]):
+        torch.manual_seed(0)
+        nats, forwards = score(text)
+        found.append((setting, nats.mean().item() / text.shape[1], forwards.mean().item()))
+    return found
 
 
-def test_the_budgets_of_the_baselines_are_exact_likelihoods():
-    (causal,) = budgets_of("ar")
+def test_samplers_of_the_baselines_are_scored_exactly():
     model = randomized_model(scale=0.2)
+    text = random_batch(model, 16, 16)
+    ((_, nats, forwards),) = scored("ar", model, text)
     with torch.no_grad():
-        losses = Autoregressive(3)(model, random_batch(model, 16, 16))
-    assert causal["forwards"] == 16
-    assert causal["nats_per_token"] == pytest.approx(losses.mean().item(), abs=1e-4)
-    assert causal["standard_error"] == pytest.approx(losses.std().item() / 4, abs=1e-4)
-    few, many, one_by_one = budgets_of("mdm")
-    assert [point["setting"]["steps"] for point in (few, many, one_by_one)] == [4, 16, "max"]
-    assert 1 <= few["forwards"] <= 4 < many["forwards"] < one_by_one["forwards"] == 16
-    blocks = budgets_of("bd4")
-    assert [point["setting"]["steps"] for point in blocks] == [1, 2, 4, "max"]
-    assert blocks[0]["forwards"] == 4 + 3, "a forward a block, and one to cache each but the last"
-    assert blocks[-1]["forwards"] == 16 + 3
-    assert blocks[0]["standard_error"] > 0
-    assert blocks == budgets_of("bd4"), "of the seed"
+        assert nats == pytest.approx(Autoregressive(3)(model, text).mean().item(), abs=1e-4)
+    assert forwards == 16
+    few, many, one_by_one = scored("mdm", model, text)
+    assert [setting["steps"] for setting, *_ in (few, many, one_by_one)] == [4, 16, "max"]
+    assert 1 <= few[2] <= 4 < many[2] < one_by_one[2] == 16
+    blocks = scored("bd4", model, text)
+    assert [setting["steps"] for setting, *_ in blocks] == [1, 2, 4, "max"]
+    assert blocks[0][2] == 4 + 3, "a forward a block, and one to cache each but the last"
+    assert blocks[-1][2] == 16 + 3
 
 
-def test_the_table_of_budgets_tells_the_best_of_each(tmp_path):
-    tokens = torch.full((5,), 16)
-    points = [
-        {"system": system, "setting": setting, "forwards": forwards} | per_token(torch.full((5,), 16 * nats), tokens)
-        for system, setting, forwards, nats in (
-            ("ar", {}, 16, 3.0),
-            ("mdm", {"steps": 4}, 3.5, 6.0),
-            ("mdm", {"steps": 16}, 10.5, 5.0),
-            ("mdm", {"steps": "max"}, 17, 4.8),
-            ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "num_diffusion_steps": 4}, 4, 5.5),
-            ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "lossless": True}, 8, 4.5),
-            ("eso_1", {"alpha_0": 1.0, "unmasking_order": "strided", "entropy_bound": 4.0}, 6, 5.25),
-        )
-    ]
-    sizes = {"hardware": "a machine", "scale": "smoke", "parameters": 1, "train_tokens": 1}
-    losses = {"ar": {"exact": {"mean": 3.0}}, "mdm": {"nelbo": {"mean": 4.75}}, "eso_1": {"nelbo": {"mean": 4.4}}}
-    results = {"settings": sizes | vars(reproduce.SCALES["smoke"]), "likelihood": losses, "points": points}
-    report = budgets_report(results)
+@pytest.mark.parametrize("name", reproduce.systems())
+def test_every_sampler_writes_what_it_scores(name):
+    model = randomized_model(scale=0.2)
+    for setting, sample, _ in samplers(name, model, 3, SCALES["smoke"]):
+        texts = sample(3)
+        assert texts.shape == (3, 16), setting
+        assert not (texts == MASK).any(), setting
+
+
+def point(system: str, setting: dict, forwards: float, nats: float, **others: Any) -> dict:
+    """A point of results, of one seed unless told."""
+    values = {"standard_error": 0.01, "ms_at_1": forwards, "ms_at_16": forwards / 2, "judge_nats": nats + 1}
+    values |= {"judge_standard_error": 0.1, "entropy": 4.0, "mauve": 0.5, "seed": 0}
+    return {"system": system, "setting": setting, "forwards": forwards, "nats_per_token": nats} | values | others
+
+
+STRIDED = {"alpha_0": 1.0, "unmasking_order": "strided"}
+POINTS = [
+    point("ar", {}, 16.0, 3.0),
+    point("ar", {}, 16.0, 3.2, seed=1),
+    point("mdm", {"steps": 4}, 3.5, 6.0),
+    point("mdm", {"steps": 16}, 10.5, 5.0, entropy=2.0),
+    point("mdm", {"steps": "max"}, 16.0, 4.8),
+    point("eso_1", STRIDED | {"num_diffusion_steps": 4}, 4.0, 5.5),
+    point("eso_1", STRIDED | {"lossless": True}, 8.0, 4.5),
+    point("eso_0+head", STRIDED | {"entropy_bound": 4.0}, 6.0, 5.25),
+]
+SETTINGS = {"settings": {"diffusion_steps": (4, 8), "length": 16}, "points": POINTS, "text": {"entropy": 4.1}}
+
+
+def test_seeds_are_one_point_and_what_they_differ_by():
+    (both, *others) = averaged(POINTS)
+    assert (both["nats_per_token"], both["spread"]) == (pytest.approx(3.1), pytest.approx(0.2))
+    assert len(others) == 6
+    assert {point["spread"] for point in others} == {0}
+    assert any("AR | left to right | 16.0 | 16.0 | 8.0 | 3.100 ± 0.100" in line for line in samplers_table(SETTINGS))
+
+
+def test_the_table_of_budgets_tells_the_best_of_each():
     for line in (
-        "| system | NELBO |  | ≤ 4 | ≤ 16 | any |",
-        "| AR |  |  |  | **3.00** | **3.00** |",
-        "| masked diffusion | 4.75 |  | 6.00 | 5.00 | 4.80 |",
-        "| Eso-LM, α₀ = 1 | 4.40 | strided | **5.50** | 5.50 | 5.50 |",
-        "| Eso-LM, α₀ = 1 | 4.40 | lossless, strided |  | 4.50 | 4.50 |",
-        "| Eso-LM, α₀ = 1 | α₀ = 1, entropy bound 4, strided | 6.0 | 5.250 ± 0.000 (190.6) |",
+        "| exact nats per token, forwards | ≤ 4 | ≤ 8 | ≤ 16 | any |",
+        "| AR |  |  | **3.10** | **3.10** |",
+        "| masked diffusion | 6.00 | 6.00 | 4.80 | 4.80 |",
+        "| Eso-LM, α₀ = 1 | **5.50** | **4.50** | 4.50 | 4.50 |",
+        "| Eso-LM, α₀ = 0, draft head |  | 5.25 | 5.25 | 5.25 |",
     ):
-        assert line in report
-    plot_budgets(results, tmp_path / "budgets.png")
-    assert (tmp_path / "budgets.png").stat().st_size > 10_000
+        assert line in budgets_table(SETTINGS)
 
 
-def test_budgets_alone_need_trained_systems(tmp_path):
-    arguments = ["--scale", "smoke", "--budgets-only", "--work", str(tmp_path / "work")]
-    with pytest.raises(ValueError, match=r"lacks \['ar', .*'corpus'\]: run without it first"):
-        reproduce.main(reproduce.parse_args(arguments))
-    assert not (tmp_path / "work").exists()
+def test_samples_that_repeat_themselves_are_not_compared():
+    fair = [(point["system"], point["setting"]) for point in fair_points(SETTINGS)]
+    assert ("mdm", {"steps": 4}) in fair
+    assert ("mdm", {"steps": 16}) not in fair
+
+
+def test_every_system_has_a_colour_of_its_own_in_every_picture():
+    assert len(set(COLORS.values())) == len(reproduce.systems())
+    assert all(looks_of(f"{name}+head")["color"] == looks_of(name)["color"] for name in COLORS)
+    assert looks_of("eso_0+head")["linestyle"] != looks_of("eso_0")["linestyle"]
+
+
+def test_a_legend_covers_no_point():
+    figure = plot_budgets(SETTINGS)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    for panel in figure.axes:
+        assert panel.get_window_extent().x1 < box.x0
+        assert [line.get_label() for line in panel.lines] == [
+            "AR",
+            "masked diffusion",
+            "Eso-LM, α₀ = 1",
+            "Eso-LM, α₀ = 0, draft head",
+        ]
 
 
 @pytest.fixture
@@ -225,12 +262,12 @@ def in_this_process(monkeypatch):
     """Runs follow one another in this process; those that were started are listed."""
     started = []
 
-    def patch(module):
-        def run_all(command, names, is_complete, logs, processes, **kwargs):
+    def patch(module, run):
+        def run_all(command, names, is_complete, *args, **kwargs):
             for name in names:
                 if not is_complete(name):
                     started.append(name)
-                    module.run(name, module.parse_args([*command[1:], "--run", name]))
+                    run(name, module.parse_args([*command[1:], "--run", name]))
 
         monkeypatch.setattr(module, "run_in_processes", run_all)
         return started
@@ -240,60 +277,58 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.slow
 def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
-    started = in_this_process(reproduce)
+    started = in_this_process(reproduce, reproduction_runs.run)
     arguments = ["--scale", "smoke", "--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     reproduce.main(reproduce.parse_args(arguments))
-    assert len(started) == 6 + 9 + 1 + 9
+    names = reproduce.systems()
+    kinds = Counter(name.split(":")[0] for name in started)
+    seeds = len(names) + len(CARRYING)
+    assert kinds == {
+        "tune": len(names) * len(RECIPES),
+        "train": seeds + 1 + len(WITH_HEAD),
+        "measure": seeds + len(WITH_HEAD),
+        "time": len(names) + len(WITH_HEAD),
+    }
     results = json.loads((tmp_path / "results" / "reproduction.json").read_text())
-    assert results["likelihood"].keys() == reproduce.systems().keys()
-    for name, record in results["likelihood"].items():
-        uniform = math.log(300)
-        assert all(abs(value["mean"] - uniform) < 1.2 for value in record.values()), (name, record)
-    assert results["ngram"]["5"] < results["ngram"]["1"] < math.log(300)
-    assert {point["system"] for point in results["points"]} == {"text", *reproduce.systems()}
-    for point in results["points"][1:]:
-        assert point["nfe"] <= 16
-        assert point["seconds"] > 0
-    report = (tmp_path / "results" / "reproduction.md").read_text()
-    assert all(label in report for label in reproduce.systems().values())
-    for picture in ("likelihood", "quality", "steps", "budgets"):
-        assert (tmp_path / "results" / f"reproduction_{picture}.png").stat().st_size > 10_000
-    budgets = json.loads((tmp_path / "results" / "reproduction_budgets.json").read_text())["points"]
-    assert {point["system"] for point in budgets} == set(reproduce.systems())
-    nats = {}
-    for point in budgets:
+    assert results["likelihood"].keys() == names.keys()
+    uniform = math.log(300)
+    for name, records in results["likelihood"].items():
+        assert len(records) == (2 if name in CARRYING else 1)
+        values = [value["mean"] for record in records for value in record.values()]
+        assert all(abs(value - uniform) < 1.2 for value in values), (name, records)
+    assert results["ngram"]["5"] < results["ngram"]["1"] < uniform
+    points = results["points"]
+    assert {point["system"] for point in points} == {*names, "eso_0.25+head", "eso_0+head"}
+    for point in points:
         assert 1 <= point["forwards"] <= 16 + 3 * (point["setting"].get("steps") == "max")
-        assert abs(point["nats_per_token"] - math.log(300)) < 1.2
-        nats.setdefault(point["system"], []).append(point["nats_per_token"])
+        assert abs(point["nats_per_token"] - uniform) < 1.2
+        assert point["ms_at_1"] > 0 < point["ms_at_16"]
+        assert 0 < point["mauve"] <= 1
     for name in ("ar", "eso_0"):  # one order: the likelihood that there is
-        exact = results["likelihood"][name]["exact"]["mean"]
-        assert nats[name] == [pytest.approx(exact, abs=1e-3)]
-    ways = ({"lossless"}, {"entropy_bound"}, {"num_diffusion_steps"})
-    for name in ("eso_1", "eso_0.5", "eso_0.25", "eso_0.125"):
-        mine = [point for point in budgets if point["system"] == name]
-        assert all(any(way <= point["setting"].keys() for point in mine) for way in ways)
-        assert {point["setting"]["alpha_0"] for point in mine} == {1.0, reproduce.alpha_of(name)}
+        exact = results["likelihood"][name][0]["exact"]["mean"]
+        assert next(p for p in points if p["system"] == name)["nats_per_token"] == pytest.approx(exact, abs=1e-3)
+    report = (tmp_path / "results" / "reproduction.md").read_text()
+    assert all(label in report for label in names.values())
+    for picture in ("likelihood", "training", "budgets", "steps", "heads", "judge"):
+        assert (tmp_path / "results" / f"reproduction_{picture}.png").stat().st_size > 10_000
 
     started.clear()
-    (tmp_path / "work" / "mdm" / "result.json").unlink()
-    (tmp_path / "work" / "bd4" / "budgets.json").unlink()
+    (tmp_path / "work" / "train_mdm_0" / "train.json").unlink()
+    (tmp_path / "work" / "train_bd4_0" / "measure.json").unlink()
     reproduce.main(reproduce.parse_args(arguments))
-    assert started == ["mdm", "budgets:bd4"], "what is complete is not run again"
-
-    started.clear()
-    (tmp_path / "work" / "mdm" / "budgets.json").unlink()
-    reproduce.main(reproduce.parse_args([*arguments, "--budgets-only", "--output", str(tmp_path / "alone")]))
-    assert started == ["budgets:mdm"]
-    written = sorted(path.name for path in (tmp_path / "alone").iterdir())
-    assert written == [f"reproduction_budgets.{kind}" for kind in ("json", "md", "png")]
-    assert json.loads((tmp_path / "alone" / "reproduction_budgets.json").read_text())["points"] == budgets
-    with pytest.raises(ValueError, match=r"holds runs with .*'seed': 0"):
-        reproduce.main(reproduce.parse_args([*arguments, "--seed", "7"]))
+    assert started == ["train:mdm:0", "measure:bd4:0"], "what is complete is not run again"
+    again = json.loads((tmp_path / "results" / "reproduction.json").read_text())
+    for kind in ("points", "likelihood", "tuning", "recipes", "text"):
+        assert again[kind] == results[kind]
+    file = tmp_path / "work" / "settings.json"
+    file.write_text(file.read_text().replace('"length": 16', '"length": 17'))
+    with pytest.raises(ValueError, match=r"other settings \(before, now\): \{'length': \(17, 16\)\}"):
+        reproduce.main(reproduce.parse_args(arguments))
 
 
 @pytest.mark.slow
 def test_the_ways_of_adapting_are_compared(in_this_process, tmp_path):
-    started = in_this_process(adaptation)
+    started = in_this_process(adaptation, adaptation.run)
     sizes = ["--hidden-size", "32", "--num-layers", "1", "--length", "32", "--vocab-size", "300", "--every", "60"]
     steps = ["--causal-steps", "4", "--steps", "4", "--evaluate-every", "2", "--held-out-rows", "4"]
     steps += ["--alphas", "0.25"]
@@ -306,6 +341,49 @@ def test_the_ways_of_adapting_are_compared(in_this_process, tmp_path):
     assert rows[0]["final"] != rows[1]["final"], "from scratch is not from the causal model"
     assert "| annealed over 50% |" in (tmp_path / "results" / "adaptation.md").read_text()
     assert (tmp_path / "results" / "adaptation.png").stat().st_size > 5000
+
+
+def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.05)
+
+
+def is_alive(process_id: int) -> bool:
+    """Whether a process runs: one that has ended, and nobody has waited for, does not."""
+    try:
+        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
+def test_runs_end_with_the_process_that_started_them(tmp_path):
+    """Killed so that it can do nothing about it; and nobody starts runs beside those of another process."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        f"import os, time\nopen({str(tmp_path)!r} + '/started', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+    )
+    parent = tmp_path / "parent.py"
+    folder = str(Path(parallel_runs.__file__).parent)
+    parent.write_text(
+        f"import sys\nfrom pathlib import Path\nsys.path.append({folder!r})\n"
+        "from parallel_runs import run_in_processes\n"
+        f"run_in_processes([{str(worker)!r}], ['x'], lambda name: False, Path({str(tmp_path / 'logs')!r}), 1)\n"
+    )
+    process = subprocess.Popen([sys.executable, str(parent)], stderr=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "")
+        worker_id = int((tmp_path / "started").read_text())
+        assert is_alive(worker_id)
+        with pytest.raises(ValueError, match="Another process runs benchmarks in"):
+            run_in_processes([str(worker)], ["y"], lambda name: False, tmp_path / "logs", 1)
+    finally:
+        process.kill()
+        process.wait()
+    wait_until(lambda: not is_alive(worker_id))
+    run_in_processes([str(worker)], ["y"], lambda name: True, tmp_path / "logs", 1)
 
 
 def test_runs_have_processes_of_their_own(tmp_path):

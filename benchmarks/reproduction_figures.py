@@ -1,0 +1,161 @@
+"""Pictures of what `reproduce.py` measured: a line for each system, in the same colour everywhere."""
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from likelihoods import frontier
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from reproduction_report import COSTS, averaged, fair_points, measured_systems, takes_steps
+from reproduction_systems import ALPHAS, HEAD, systems
+
+COLORS = dict(
+    zip(
+        systems(),
+        ("black", "tab:red", "tab:orange", "goldenrod", "tab:purple", "tab:blue", "tab:cyan", "tab:green"),
+        strict=True,
+    )
+)
+
+
+def plot_all(results: dict, folder: Path) -> None:
+    """All pictures, as reproduction_*.png."""
+    pictures: dict[str, Callable[[dict], Figure]] = {
+        "likelihood": plot_likelihood,
+        "training": plot_training,
+        "budgets": plot_budgets,
+        "steps": plot_steps,
+        "heads": plot_heads,
+        "judge": plot_judge,
+    }
+    for name, plot in pictures.items():
+        plot(results).savefig(folder / f"reproduction_{name}.png", dpi=130)
+
+
+def looks_of(name: str) -> dict[str, Any]:
+    """Colour and line of a system; those with draft heads are dashed."""
+    style = "--" if name.endswith(HEAD) else "-"
+    return {"color": COLORS[name.removesuffix(HEAD)], "linestyle": style, "marker": "o", "markersize": 3.5}
+
+
+def new_figure(width: float, panels: int) -> tuple[Figure, list[Axes]]:
+    """Panels side by side, with room for a legend to their right."""
+    figure = Figure(figsize=(width, 3.9), layout="constrained")
+    return figure, list(figure.subplots(1, panels, sharey=True, squeeze=False)[0])
+
+
+def finish(figure: Figure, panels: list[Axes], ylabel: str) -> Figure:
+    """Names the ordinate, and puts one legend beside the panels, over none of the points."""
+    panels[0].set_ylabel(ylabel)
+    for panel in panels:
+        panel.grid(color="0.92", linewidth=0.6)
+        panel.set_axisbelow(True)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    return figure
+
+
+def on_costs(panel: Axes, cost: str, results: dict) -> None:
+    """A logarithmic abscissa of a cost, by powers of two."""
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:.3g}")
+    panel.set_xlabel(COSTS[cost].format(length=results["settings"]["length"]))
+
+
+def draw_line(panel: Axes, points: Iterable[dict], cost: str, value: Callable[[dict], float], **looks: Any) -> None:
+    points = sorted(points, key=lambda point: point[cost])
+    if points:
+        panel.plot([point[cost] for point in points], [value(point) for point in points], **looks)
+
+
+def plot_budgets(results: dict) -> Figure:
+    """Exact nats against forwards and seconds: of each system the best sampler at each cost or less."""
+    figure, panels = new_figure(12, len(COSTS))
+    points = averaged(results["points"])
+    for panel, cost in zip(panels, COSTS, strict=True):
+        for name, title in measured_systems().items():
+            mine = frontier([point for point in points if point["system"] == name], cost=cost)
+            draw_line(panel, mine, cost, lambda point: point["nats_per_token"], label=title, **looks_of(name))
+        on_costs(panel, cost, results)
+    return finish(figure, panels, "exact nats per token of held-out text")
+
+
+def plot_steps(results: dict) -> Figure:
+    """Exact nats against forwards where more and more tokens share one: what few steps cost each system."""
+    figure, panels = new_figure(8.5, 1)
+    points = averaged(results["points"])
+    lines: list[tuple[str, str | None]] = [(name, None) for name in ("mdm", "bd4", "bd16")]
+    lines += [(name, order) for name in ("eso_1", "eso_0.5", "eso_0.25") for order in ("strided", "random")]
+    for name, order in lines:
+        mine = [point for point in points if point["system"] == name and takes_steps(point["setting"], order)]
+        note = "" if order is None else f", {order}"
+        looks = looks_of(name) | {"linestyle": ":" if order == "random" else "-", "label": systems()[name] + note}
+        draw_line(panels[0], mine, "forwards", lambda point: point["nats_per_token"], **looks)
+    on_costs(panels[0], "forwards", results)
+    return finish(figure, panels, "exact nats per token of held-out text")
+
+
+def plot_heads(results: dict) -> Figure:
+    """Exact nats against forwards and seconds of the systems with a draft head, with it and without."""
+    figure, panels = new_figure(11, 2)
+    points = averaged(results["points"])
+    names = [name for name in measured_systems() if f"{name}{HEAD}" in measured_systems() or name.endswith(HEAD)]
+    for panel, cost in zip(panels, ("forwards", "ms_at_1"), strict=True):
+        for name in ("ar", *names):
+            mine = frontier([point for point in points if point["system"] == name], cost=cost)
+            looks = looks_of(name) | {"label": measured_systems()[name]}
+            draw_line(panel, mine, cost, lambda point: point["nats_per_token"], **looks)
+        on_costs(panel, cost, results)
+    return finish(figure, panels, "exact nats per token of held-out text")
+
+
+def plot_judge(results: dict) -> Figure:
+    """Perplexity under the judge against forwards, and MAUVE: of each system the best sampler at each cost or less."""
+    figure = Figure(figsize=(11, 3.9), layout="constrained")
+    panels = list(figure.subplots(1, 2))
+    points = fair_points(results)
+    for name, title in measured_systems().items():
+        mine = [point for point in points if point["system"] == name]
+        looks = looks_of(name) | {"label": title}
+        best = frontier(mine, loss="judge_nats")
+        draw_line(panels[0], best, "forwards", lambda point: math.exp(point["judge_nats"]), **looks)
+        best = frontier([point | {"loss": -point["mauve"]} for point in mine], loss="loss")
+        draw_line(panels[1], best, "forwards", lambda point: point["mauve"], **looks)
+    panels[0].axhline(math.exp(results["text"]["judge_nats"]), color="gray", linestyle=":", linewidth=1)
+    panels[1].axhline(results["text"]["mauve"], color="gray", linestyle=":", linewidth=1)
+    panels[0].set_yscale("log")
+    panels[1].set_ylabel("MAUVE on the judge's features")
+    for panel in panels:
+        on_costs(panel, "forwards", results)
+    return finish(figure, panels, "perplexity under the judge (dotted: text)")
+
+
+def plot_likelihood(results: dict) -> Figure:
+    """Interpolation between AR and masked diffusion, and the exact likelihood against the NELBO."""
+    figure, panels = new_figure(7.5, 1)
+    panel = panels[0]
+    for kind, label, style in (("nelbo", "NELBO", "-"), ("exact", "bound by orders", "--")):
+        values = [results["likelihood"][f"eso_{alpha_0:g}"] for alpha_0 in ALPHAS]
+        means = [sum(seed[kind]["mean"] for seed in seeds) / len(seeds) for seeds in values]
+        errors = [seeds[0][kind]["standard_error"] for seeds in values]
+        panel.errorbar(
+            ALPHAS, means, errors, color="tab:blue", linestyle=style, marker="o", capsize=2, label=f"Eso-LM, {label}"
+        )
+    for name in ("ar", "mdm", "bd4", "bd16"):
+        records = results["likelihood"][name]
+        loss = sum((record.get("nelbo") or record["exact"])["mean"] for record in records) / len(records)
+        label = systems()[name] + ("" if name == "ar" else ", NELBO")
+        panel.axhline(loss, linestyle="-.", color=COLORS[name], linewidth=1.2, label=label)
+    panel.set_xlabel("α₀")
+    return finish(figure, panels, "held-out nats per token")
+
+
+def plot_training(results: dict) -> Figure:
+    """Training losses against optimiser steps, averaged over what is logged at a time."""
+    figure, panels = new_figure(8.5, 1)
+    for name, label in systems().items():
+        curve = [(row["step"], row["loss"]) for row in results["history"][name] if "loss" in row]
+        panels[0].plot(*zip(*curve, strict=True), label=label, linewidth=1.2, color=COLORS[name])
+    panels[0].set_xlabel("optimiser steps")
+    return finish(figure, panels, "training loss, nats per token")
