@@ -35,12 +35,19 @@ class Autoregressive:
 
 
 class MaskedDiffusion:
-    """Every token may see every other (MDLM): a time for each row, spread evenly over the batch."""
+    """Every token may see every other (MDLM): a time for each row, spread evenly over the batch.
+
+    With `loss_type="low_var"` all masks weigh the same, as in the collator: no NELBO, to train with.
+    """
+
+    def __init__(self, loss_type: str = "elbo"):
+        self.loss_type = loss_type
 
     def __call__(self, model, input_ids, generator=None):
         batch, length = input_ids.shape
         times = sample_times(batch, generator)[:, None].expand(batch, length)
         noisy, weights = add_noise(input_ids, times, model.config.mask_token_id, generator)
+        weights = (weights > 0).to(weights.dtype) if self.loss_type == "low_var" else weights
         with bidirectional(model):
             states = model.model(noisy, position_ids=text_positions(noisy)).last_hidden_state
         return mean_loss(model, states, input_ids, weights)
@@ -82,13 +89,26 @@ class BlockDiffusion:
 class Esoteric:
     """The hybrid objective, through the project's own collator: of a batch, so all rows have the batch's loss."""
 
-    def __init__(self, alpha_0: float, mask_token_id: int):
-        self.collator = DataCollatorForHybridMaskedDiffusion(mask_token_id=mask_token_id, alpha_0=alpha_0)
+    def __init__(self, alpha_0: float, mask_token_id: int, loss_type: str = "elbo"):
+        self.collator = DataCollatorForHybridMaskedDiffusion(
+            mask_token_id=mask_token_id, alpha_0=alpha_0, loss_type=loss_type
+        )
 
     def __call__(self, model, input_ids, generator=None):
         batch = self.collator([{"input_ids": row} for row in input_ids.tolist()])
         loss = model(**{name: value.to(input_ids.device) for name, value in batch.items()}).loss
         return loss.expand(len(input_ids))
+
+
+class InPieces:
+    """An objective of rows that are cut into pieces, each a row of its own."""
+
+    def __init__(self, objective: Objective, length: int):
+        self.objective, self.length = objective, length
+
+    def __call__(self, model, input_ids, generator=None):
+        pieces = input_ids.reshape(-1, self.length)
+        return self.objective(model, pieces, generator).view(len(input_ids), -1).mean(dim=1)
 
 
 def mean_loss(

@@ -19,14 +19,25 @@ from statistics import fmean
 
 from measuring import hardware
 from ngram import KneserNey
-from parallel_runs import parse_with_run, run_in_processes
-from reporting import argument_parser, write_results
+from parallel_runs import parse_with_run
+from reporting import write_results
 from tqdm import tqdm
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reproduction_figures import plot_all
 from reproduction_report import report
-from reproduction_runs import BATCH, JUDGE, Corpus, best_recipe, result_file, result_of, run, tuning_loss
+from reproduction_runs import (
+    BATCH,
+    JUDGE,
+    Corpus,
+    best_recipe,
+    parser_of_runs,
+    result_of,
+    run,
+    run_all,
+    start,
+    tuning_loss,
+)
 from reproduction_systems import (
     RECIPES,
     SCALES,
@@ -91,39 +102,14 @@ def collect(corpus: Corpus, args: argparse.Namespace) -> dict:
     }
 
 
-def require_same_settings(args: argparse.Namespace) -> None:
-    """Notes what the runs of a folder have in common; raises a ValueError when those there were other ones."""
-    file, now = args.work / "settings.json", json.loads(json.dumps({"scale": args.scale} | vars(SCALES[args.scale])))
-    before = json.loads(file.read_text()) if file.exists() else now
-    if before != now:
-        changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-        raise ValueError(f"`--work {args.work}` holds runs with other settings (before, now): {changed}.")
-    file.write_text(json.dumps(now) + "\n")
-
-
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
-    args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
-    args.work.mkdir(parents=True, exist_ok=True)
-    require_same_settings(args)
-    corpus = Corpus(args)
-
-    def in_processes(description: str, names: list[str], processes: int, threads: int) -> None:
-        run_in_processes(
-            [__file__, *args.command, "--work", str(args.work)],
-            names,
-            lambda name: result_file(name, args).exists(),
-            args.work / "logs",
-            processes,
-            description,
-            threads,
-        )
-
+    corpus = start(args)
     for description, names in stages(args):
-        in_processes(description, names, args.processes, threads=1)
+        run_all(__file__, names, args, description)
     timings = [f"time:{name}:0" for name in (*systems(), *systems_with_heads())]
-    in_processes("Times", timings, processes=1, threads=os.cpu_count() or 1)
+    run_all(__file__, timings, args, "Times", processes=1, threads=os.cpu_count() or 1)
 
     results = collect(corpus, args)
     write_results(args.output, "reproduction", results, report(results))
@@ -131,14 +117,10 @@ def main(args: argparse.Namespace) -> None:
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argument_parser(__doc__, output="where JSON, Markdown, PNG go")
-    parser.add_argument("--scale", choices=SCALES, default="minutes")
-    parser.add_argument("--work", type=Path, help="where the models go; by default outputs/reproduction_<scale>")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time; 1 on a GPU")
+    parser = parser_of_runs(__doc__)
     parser.add_argument(
         "--seeds", type=int, default=2, help="of the systems that carry the claims; the others have one"
     )
-    parser.add_argument("--device", default="cpu")
     return parse_with_run(parser, arguments)
 
 

@@ -17,14 +17,19 @@ from datasets import load_from_disk
 from likelihoods import per_token
 from measuring import interleaved
 from objectives import Objective
+from parallel_runs import run_in_processes
 from quickstart import has_fast_bfloat16
+from reporting import argument_parser
 from reproduction_systems import (
+    FIRST,
     HEAD,
+    PLATEAU,
     RECIPES,
     SCALES,
     Recipe,
     Scale,
     alpha_of,
+    first_objective,
     is_autoregressive,
     new_model,
     objective_of,
@@ -75,12 +80,13 @@ class Corpus:
 class ObjectiveTrainer(Trainer):
     """A Trainer whose loss is that of an [`Objective`]; in the first steps that of another one."""
 
-    def __init__(self, objective: Objective, first: Objective, first_steps: int, *args, **kwargs):
+    def __init__(self, objective: Objective, first: Objective | None, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.objective, self.first, self.first_steps = objective, first, first_steps
+        self.objective, self.first = objective, first or objective
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        objective = self.first if self.state.global_step < self.first_steps else self.objective
+        is_first = self.state.global_step < FIRST * self.state.max_steps
+        objective = self.first if is_first else self.objective
         # Accumulation is off: the mean over the batch is the mean over its tokens, as rows are equally long.
         return objective(model, inputs["input_ids"]).mean()
 
@@ -116,11 +122,10 @@ def train(
 ) -> list[dict]:
     """Trains a system, or goes on with it, and saves it; returns what was logged."""
     set_seed(seed)
-    model = new_model(corpus.tokenizer, alpha_of(name), SCALES[args.scale])
+    model = new_model(corpus.tokenizer, alpha_of(name), SCALES[args.scale], recipe.fresh)
     trainer = ObjectiveTrainer(
-        objective_of(name, corpus.tokenizer),
-        objective_of("eso_0", corpus.tokenizer),
-        int(recipe.left_to_right * steps),
+        objective_of(name, corpus.tokenizer, recipe.loss_type),
+        first_objective(recipe, name, corpus.tokenizer),
         model,
         training_arguments(folder, steps, recipe.learning_rate, seed, args),
         data_collator=default_data_collator,
@@ -268,7 +273,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         record = {"history": train_head(system, int(which), folder, corpus, args)}
     else:
         if what == "tune":
-            recipe, steps, seed = RECIPES[which], scale.tune_steps, 0
+            recipe, steps, seed = (RECIPES | PLATEAU)[which], scale.tune_steps, 0
         elif system == "judge":
             recipe, steps, seed = RECIPES[best_recipe("ar", args)], scale.judge_steps, int(which)
         else:
@@ -310,3 +315,51 @@ def tuning_loss(system: str, recipe: str, args: argparse.Namespace) -> float:
 def best_recipe(system: str, args: argparse.Namespace) -> str:
     """The recipe of least held-out loss after a try."""
     return min(RECIPES, key=lambda recipe: tuning_loss(system, recipe, args))
+
+
+def require_same_settings(args: argparse.Namespace) -> None:
+    """Notes what the runs of a folder have in common; raises a ValueError when those there were other ones."""
+    file, now = args.work / "settings.json", json.loads(json.dumps({"scale": args.scale} | vars(SCALES[args.scale])))
+    before = json.loads(file.read_text()) if file.exists() else now
+    if before != now:
+        changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+        raise ValueError(f"`--work {args.work}` holds runs with other settings (before, now): {changed}.")
+    file.write_text(json.dumps(now) + "\n")
+
+
+def start(args: argparse.Namespace) -> Corpus:
+    """The folder of the work, with its settings noted, and the text in it."""
+    args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
+    args.work.mkdir(parents=True, exist_ok=True)
+    require_same_settings(args)
+    return Corpus(args)
+
+
+def run_all(
+    script: str,
+    names: list[str],
+    args: argparse.Namespace,
+    description: str,
+    processes: int | None = None,
+    threads: int = 1,
+) -> None:
+    """The runs that are not complete, in processes of their own."""
+    run_in_processes(
+        [script, *args.command, "--work", str(args.work)],
+        names,
+        lambda name: result_file(name, args).exists(),
+        args.work / "logs",
+        processes or args.processes,
+        description,
+        threads,
+    )
+
+
+def parser_of_runs(description: str) -> argparse.ArgumentParser:
+    """A parser of the arguments that runs need."""
+    parser = argument_parser(description, output="where JSON, Markdown, PNG go")
+    parser.add_argument("--scale", choices=SCALES, default="minutes")
+    parser.add_argument("--work", type=Path, help="where the models go; by default outputs/reproduction_<scale>")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time; 1 on a GPU")
+    parser.add_argument("--device", default="cpu")
+    return parser

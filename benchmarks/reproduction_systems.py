@@ -6,12 +6,12 @@ A setting is that of a sampler: held-out text is scored under it, texts are samp
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, Sampler
 from likelihoods import score_sampler
-from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion, Objective
+from objectives import Autoregressive, BlockDiffusion, Esoteric, InPieces, MaskedDiffusion, Objective
 from text_data import vocabulary_of
 from transformers import PreTrainedTokenizerBase
 
@@ -30,13 +30,27 @@ class Recipe:
     """How a system is trained."""
 
     learning_rate: float
-    left_to_right: float = 0.0  # share of the steps, at the start, in which masks learn from what is to their left
+    first: Literal["left to right", "pieces"] | None = None  # what the first steps learn, see `first_objective`
+    loss_type: Literal["elbo", "low_var"] = "elbo"  # of masked diffusion, and of an Eso-LM at α_0 = 1
+    fresh: Literal["gates", "embeddings"] | None = None  # what the weights begin with, see `new_model`
 
 
+FIRST = 0.3  # share of the steps that are the first ones
 RECIPES = {  # each system is trained with the best for it
-    "2e-3_left_to_right_first": Recipe(2e-3, left_to_right=0.3),
-    "4e-3_left_to_right_first": Recipe(4e-3, left_to_right=0.3),
+    "2e-3_left_to_right_first": Recipe(2e-3, first="left to right"),
+    "4e-3_left_to_right_first": Recipe(4e-3, first="left to right"),
     "4e-3": Recipe(4e-3),
+}
+PLATEAU = {  # what might take a system off the plateau of the unigrams, where it begins; `plateau.py`
+    "as_it_is": Recipe(2e-3),
+    "twice_the_rate": Recipe(4e-3),
+    "half_the_rate": Recipe(1e-3),
+    "gates_open": Recipe(2e-3, fresh="gates"),
+    "embeddings_of_unit_size": Recipe(2e-3, fresh="embeddings"),
+    "low_variance": Recipe(2e-3, loss_type="low_var"),
+    "short_pieces_first": Recipe(2e-3, first="pieces"),
+    "left_to_right_first": Recipe(2e-3, first="left to right"),
+    "left_to_right_first_at_twice_the_rate": Recipe(4e-3, first="left to right"),
 }
 
 
@@ -101,29 +115,56 @@ def is_autoregressive(name: str) -> bool:
     return name in ("ar", "judge")
 
 
-def new_model(tokenizer: PreTrainedTokenizerBase, alpha_0: float | None, scale: Scale) -> EsoForMaskedDiffusion:
-    """The layers that all systems share, with fresh weights; `alpha_0` of an Eso-LM."""
-    return EsoForMaskedDiffusion(
-        EsoConfig(
-            **vocabulary_of(tokenizer),
-            hidden_size=scale.hidden_size,
-            num_hidden_layers=scale.num_layers,
-            num_attention_heads=max(scale.hidden_size // 64, 4),
-            max_position_embeddings=scale.length,
-            hidden_dropout=0.0,
-            alpha_0=1.0 if alpha_0 is None else alpha_0,
-        )
+def new_model(
+    tokenizer: PreTrainedTokenizerBase, alpha_0: float | None, scale: Scale, fresh: str | None = None
+) -> EsoForMaskedDiffusion:
+    """The layers that all systems share, with fresh weights; `alpha_0` of an Eso-LM.
+
+    With `fresh="gates"` they begin with all gates at one and random shifts for attention, where they would be zero;
+    with "embeddings" the embeddings have a standard deviation of one.
+    """
+    config = EsoConfig(
+        **vocabulary_of(tokenizer),
+        hidden_size=scale.hidden_size,
+        num_hidden_layers=scale.num_layers,
+        num_attention_heads=max(scale.hidden_size // 64, 4),
+        max_position_embeddings=scale.length,
+        hidden_dropout=0.0,
+        alpha_0=1.0 if alpha_0 is None else alpha_0,
     )
+    model = EsoForMaskedDiffusion(config)
+    with torch.no_grad():
+        if fresh == "gates":
+            for layer in model.model.layers:
+                attn_shift, _, attn_gate, _, _, mlp_gate = layer.modulation.bias.chunk(6)
+                attn_shift.normal_()
+                attn_gate.fill_(1.0)
+                mlp_gate.fill_(1.0)
+        elif fresh == "embeddings":
+            model.get_input_embeddings().weight.normal_()
+    return model
 
 
-def objective_of(name: str, tokenizer: PreTrainedTokenizerBase) -> Objective:
+def objective_of(name: str, tokenizer: PreTrainedTokenizerBase, loss_type: str = "elbo") -> Objective:
     if is_autoregressive(name):
         return Autoregressive(tokenizer.eos_token_id)
     if name == "mdm":
-        return MaskedDiffusion()
+        return MaskedDiffusion(loss_type)
     if name.startswith("bd"):
         return BlockDiffusion(int(name.removeprefix("bd")))
-    return Esoteric(alpha_of(name), tokenizer.mask_token_id)
+    return Esoteric(alpha_of(name), tokenizer.mask_token_id, loss_type)
+
+
+def first_objective(recipe: Recipe, name: str, tokenizer: PreTrainedTokenizerBase) -> Objective | None:
+    """What the first steps learn, if it is something else.
+
+    "left to right": masks that know all to their left, as at α_0 = 0; "pieces": eighths of the rows.
+    """
+    if recipe.first == "left to right":
+        return objective_of("eso_0", tokenizer)
+    if recipe.first == "pieces":
+        return InPieces(objective_of(name, tokenizer, recipe.loss_type), tokenizer.model_max_length // 8)
+    return None
 
 
 def baseline_of(name: str, model: EsoForMaskedDiffusion, start_token_id: int) -> Sampler:

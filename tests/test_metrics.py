@@ -53,3 +53,23 @@ def test_generative_perplexity(tmp_path):
     assert scores["mean_perplexity"] == pytest.approx(sum(expected) / 3, rel=1e-4)
     total = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert scores["perplexity"] == pytest.approx(math.exp(total), rel=1e-4)
+
+
+def test_mauve_of_features():
+    """Against the integral, where the two sets share nothing, and the half of what they are."""
+    metric = load("mauve_of_features")
+    here, there = [[1.0, 0.01 * i] for i in range(10)], [[0.01 * i, 1.0] for i in range(10)]
+    assert metric.compute(predictions=here, references=here[::-1])["mauve"] == pytest.approx(1)
+    # Of p = (1, 0) and q = (0, 1), mixed by a share s: the curve is ((1 - s)^5, s^5), the area 5 B(6, 5).
+    beta = math.factorial(5) * math.factorial(4) / math.factorial(10)
+    apart = metric.compute(predictions=here, references=there, num_buckets=2)["mauve"]
+    assert apart == pytest.approx(5 * beta, rel=1e-2)
+    # Of p = (1, 0) and q = (1/2, 1/2), where r = ((1 + s) / 2, (1 - s) / 2): the same integral, added up finely.
+    shares = torch.linspace(0, 1, 100_001, dtype=torch.float64)[:-1]
+    r = (1 + shares) / 2
+    across = (-5 * (0.5 * (0.5 / r).log() + 0.5 * (0.5 / (1 - r)).log())).exp().flip(0)
+    area = torch.trapezoid(r.pow(5).flip(0), across).item()
+    half = metric.compute(predictions=here, references=here[:5] + there[:5], num_buckets=2)["mauve"]
+    assert half == pytest.approx(area, rel=1e-2)
+    with pytest.raises(ValueError, match="`num_buckets` must be 2 to the number of all texts, got 1"):
+        metric.compute(predictions=here, references=there, num_buckets=1)

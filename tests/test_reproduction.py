@@ -13,6 +13,7 @@ from typing import Any
 
 import adaptation
 import parallel_runs
+import plateau
 import pytest
 import reproduce
 import reproduction_runs
@@ -27,7 +28,7 @@ from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion
 from parallel_runs import run_in_processes
 from reproduction_figures import COLORS, looks_of, plot_budgets
 from reproduction_report import averaged, budgets_table, fair_points, samplers_table
-from reproduction_systems import CARRYING, RECIPES, SCALES, WITH_HEAD, samplers
+from reproduction_systems import CARRYING, PLATEAU, RECIPES, SCALES, WITH_HEAD, samplers
 from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
@@ -259,15 +260,15 @@ def test_a_legend_covers_no_point():
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Runs follow one another in this process; those that were started are listed."""
+    """Runs of a benchmark, which `module` starts, follow one another in this process; they are listed."""
     started = []
 
-    def patch(module, run):
+    def patch(module, benchmark):
         def run_all(command, names, is_complete, *args, **kwargs):
             for name in names:
                 if not is_complete(name):
                     started.append(name)
-                    run(name, module.parse_args([*command[1:], "--run", name]))
+                    benchmark.main(benchmark.parse_args([*command[1:], "--run", name]))
 
         monkeypatch.setattr(module, "run_in_processes", run_all)
         return started
@@ -277,7 +278,7 @@ def in_this_process(monkeypatch):
 
 @pytest.mark.slow
 def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
-    started = in_this_process(reproduce, reproduction_runs.run)
+    started = in_this_process(reproduction_runs, reproduce)
     arguments = ["--scale", "smoke", "--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     reproduce.main(reproduce.parse_args(arguments))
     names = reproduce.systems()
@@ -327,8 +328,20 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
 
 
 @pytest.mark.slow
+def test_changes_are_tried_against_the_plateau(in_this_process, tmp_path):
+    started = in_this_process(reproduction_runs, plateau)
+    arguments = ["--scale", "smoke", "--output", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    plateau.main(plateau.parse_args(arguments))
+    assert len(started) == 1 + len(plateau.SYSTEMS) * len(PLATEAU)
+    losses = json.loads((tmp_path / "results" / "plateau.json").read_text())["losses"]
+    for name in plateau.SYSTEMS:
+        assert len(set(losses[name].values())) == len(PLATEAU), "every change changes something"
+    assert "| low variance | " in (tmp_path / "results" / "plateau.md").read_text()
+
+
+@pytest.mark.slow
 def test_the_ways_of_adapting_are_compared(in_this_process, tmp_path):
-    started = in_this_process(adaptation, adaptation.run)
+    started = in_this_process(adaptation, adaptation)
     sizes = ["--hidden-size", "32", "--num-layers", "1", "--length", "32", "--vocab-size", "300", "--every", "60"]
     steps = ["--causal-steps", "4", "--steps", "4", "--evaluate-every", "2", "--held-out-rows", "4"]
     steps += ["--alphas", "0.25"]
