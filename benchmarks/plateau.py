@@ -1,6 +1,6 @@
 """What takes masked diffusion, and an Eso-LM at alpha_0 = 1, off the plateau of the unigrams: one change at a time.
 
-python benchmarks/plateau.py                 # twenty minutes on 2 cores
+python benchmarks/plateau.py --scale hours   # about twenty minutes on 2 cores
 
 In the first steps such a model learns how frequent tokens are, and for long no more. Each change is trained for as
 many steps as recipes are tried for in `reproduce.py`, with the same text, beside the AR model.
@@ -9,10 +9,8 @@ many steps as recipes are tried for in `reproduce.py`, with the same text, besid
 import argparse
 import sys
 from pathlib import Path
-from statistics import fmean
 
 from measuring import hardware
-from ngram import KneserNey
 from parallel_runs import parse_with_run
 from reporting import table, write_results
 
@@ -47,12 +45,11 @@ def main(args: argparse.Namespace) -> None:
     plain = next(iter(PLATEAU))
     names = [f"tune:ar:{plain}", *(f"tune:{name}:{recipe}" for recipe in PLATEAU for name in SYSTEMS)]
     run_all(__file__, names, args, "Changes")
-    rows = corpus.train["input_ids"][:]
     results = {
         "settings": {"hardware": hardware(args.device), "scale": args.scale} | vars(SCALES[args.scale]),
         "losses": {name: {recipe: tuning_loss(name, recipe, args) for recipe in PLATEAU} for name in SYSTEMS},
         "ar": tuning_loss("ar", plain, args),
-        "unigrams": fmean(KneserNey(rows, 1, len(corpus.tokenizer)).loss(corpus.held_out.tolist())),
+        "unigrams": corpus.ngram_loss(1),
     }
     write_results(args.output, "plateau", results, report(results))
 

@@ -15,10 +15,8 @@ import json
 import os
 import sys
 from pathlib import Path
-from statistics import fmean
 
 from measuring import hardware
-from ngram import KneserNey
 from parallel_runs import parse_with_run
 from reporting import write_results
 from tqdm import tqdm
@@ -54,7 +52,7 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
     trainings = [f"train:{name}:{seed}" for name in names for seed in seeds_of(name, args.seeds)]
     return [
         ("Recipes", [f"tune:{name}:{recipe}" for name in names for recipe in RECIPES]),
-        # The systems of one seed come last: what is killed has the others to compare.
+        # Second seeds come last: what is cut short has a model of every system.
         ("Systems", [JUDGE, *sorted(trainings, key=lambda name: int(name.split(":")[-1]))]),
         ("Draft heads", [f"train:{name}:0" for name in heads]),
         ("Samplers", [name.replace("train", "measure", 1) for name in trainings] + [f"measure:{h}:0" for h in heads]),
@@ -69,13 +67,12 @@ def collect(corpus: Corpus, args: argparse.Namespace) -> dict:
         for name in (*names, *systems_with_heads())
         for point in result_of(f"time:{name}:0", args)["points"]
     }
-    (*_, (_, measured)) = stages(args)
+    _, measured = stages(args)[-1]
     points = [
         point | times[point["system"], json.dumps(point["setting"])]
         for name in measured
         for point in result_of(name, args)["points"]
     ]
-    rows, held_out = corpus.train["input_ids"][:], corpus.held_out.tolist()
     return {
         "settings": {
             "scale": args.scale,
@@ -93,10 +90,7 @@ def collect(corpus: Corpus, args: argparse.Namespace) -> dict:
         },
         "judge": result_of(JUDGE, args)["likelihood"],
         "text": result_of(JUDGE, args)["text"],
-        "ngram": {
-            order: fmean(KneserNey(rows, order, len(corpus.tokenizer)).loss(held_out))
-            for order in tqdm((1, 3, 5), desc="n-grams")
-        },
+        "ngram": {order: corpus.ngram_loss(order) for order in tqdm((1, 3, 5), desc="n-grams")},
         "points": points,
         "history": {name: result_of(f"train:{name}:0", args)["history"] for name in names},
     }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from likelihoods import frontier
@@ -137,14 +138,13 @@ def plot_likelihood(results: dict) -> Figure:
     panel = panels[0]
     for kind, label, style in (("nelbo", "NELBO", "-"), ("exact", "bound by orders", "--")):
         values = [results["likelihood"][f"eso_{alpha_0:g}"] for alpha_0 in ALPHAS]
-        means = [sum(seed[kind]["mean"] for seed in seeds) / len(seeds) for seeds in values]
+        means = [fmean(seed[kind]["mean"] for seed in seeds) for seeds in values]
         errors = [seeds[0][kind]["standard_error"] for seeds in values]
         panel.errorbar(
             ALPHAS, means, errors, color="tab:blue", linestyle=style, marker="o", capsize=2, label=f"Eso-LM, {label}"
         )
     for name in ("ar", "mdm", "bd4", "bd16"):
-        records = results["likelihood"][name]
-        loss = sum((record.get("nelbo") or record["exact"])["mean"] for record in records) / len(records)
+        loss = fmean((seed.get("nelbo") or seed["exact"])["mean"] for seed in results["likelihood"][name])
         label = systems()[name] + ("" if name == "ar" else ", NELBO")
         panel.axhline(loss, linestyle="-.", color=COLORS[name], linewidth=1.2, label=label)
     panel.set_xlabel("α₀")

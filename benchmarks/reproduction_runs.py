@@ -7,7 +7,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import evaluate
@@ -16,6 +16,7 @@ from baselines import text_positions
 from datasets import load_from_disk
 from likelihoods import per_token
 from measuring import interleaved
+from ngram import KneserNey
 from objectives import Objective
 from parallel_runs import run_in_processes
 from quickstart import has_fast_bfloat16
@@ -75,6 +76,11 @@ class Corpus:
         tokenizer.save_pretrained(folder)
         pack(train, tokenizer, scale.length).save_to_disk(folder / "train")
         rows.shuffle(seed=0).take(scale.held_out_rows).save_to_disk(folder / "held_out")
+
+    def ngram_loss(self, order: int) -> float:
+        """Held-out nats per token of an n-gram model."""
+        model = KneserNey(self.train["input_ids"][:], order, len(self.tokenizer))
+        return fmean(model.loss(self.held_out.tolist()))
 
 
 class ObjectiveTrainer(Trainer):
@@ -192,24 +198,29 @@ class Judge:
         self.objective = objective_of("judge", corpus.tokenizer)
         self.entropy = evaluate.load(str(METRICS / "unigram_entropy"))
         self.mauve = evaluate.load(str(METRICS / "mauve_of_features"))
-        self.references = self.features(corpus.held_out.to(args.device))
+        self.references = self.features(corpus.held_out)
 
     @torch.no_grad()
     def features(self, texts: torch.LongTensor) -> list[list[float]]:
         """The last hidden states of each text, a mean over its tokens."""
-        parts = texts.split(64)
+        parts = texts.to(self.model.device).split(64)
         states = [self.model.model(part, position_ids=text_positions(part)).last_hidden_state for part in parts]
         return torch.cat(states).mean(dim=1).tolist()
 
+    def mauve_of(self, texts: torch.LongTensor) -> float:
+        """MAUVE of texts, (texts, length), and held-out text: 0 to 1."""
+        return self.mauve.compute(predictions=self.features(texts), references=self.references)["mauve"]
+
     @torch.no_grad()
     def __call__(self, texts: torch.LongTensor) -> dict[str, float]:
-        """Nats per token with their standard error, the entropy, and MAUVE (0 to 1) of texts, (texts, length)."""
-        losses = over_rows(torch.cat([self.objective(self.model, part) for part in texts.split(64)]))
+        """Nats per token with their standard error, the entropy, and MAUVE of texts, (texts, length)."""
+        parts = texts.to(self.model.device).split(64)
+        losses = over_rows(torch.cat([self.objective(self.model, part) for part in parts]))
         return {
             "judge_nats": losses["mean"],
             "judge_standard_error": losses["standard_error"],
             "entropy": self.entropy.compute(predictions=texts.tolist())["unigram_entropy"],
-            **self.mauve.compute(predictions=self.features(texts), references=self.references),
+            "mauve": self.mauve_of(texts),
         }
 
 
@@ -217,7 +228,7 @@ def judged_text(corpus: Corpus, args: argparse.Namespace) -> dict[str, float]:
     """What the judge says of held-out text; its MAUVE is that of as many rows that were trained on."""
     judge = Judge(corpus, args)
     others = corpus.train.shuffle(seed=0).take(len(corpus.held_out))["input_ids"][:]
-    return judge(corpus.held_out) | {"mauve": judge(torch.tensor(others))["mauve"]}
+    return judge(corpus.held_out) | {"mauve": judge.mauve_of(torch.tensor(others))}
 
 
 def measure(name: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> list[dict]:

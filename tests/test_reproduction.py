@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import reproduction_runs
 import torch
 import torch.nn.functional as F
 from baselines import AutoregressiveSampler, BlockDiffusionSampler, MaskedDiffusionSampler, filled_cache
+from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from likelihoods import frontier
@@ -356,29 +356,17 @@ def test_the_ways_of_adapting_are_compared(in_this_process, tmp_path):
     assert (tmp_path / "results" / "adaptation.png").stat().st_size > 5000
 
 
-def wait_until(is_so: Callable[[], bool], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.05)
-
-
-def is_alive(process_id: int) -> bool:
-    """Whether a process runs: one that has ended, and nobody has waited for, does not."""
-    try:
-        return "Z" not in Path(f"/proc/{process_id}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks processes up in /proc")
 def test_runs_end_with_the_process_that_started_them(tmp_path):
-    """Killed so that it can do nothing about it; and nobody starts runs beside those of another process."""
-    worker = tmp_path / "worker.py"
+    """Killed so that it can do nothing about it; and nobody starts runs beside those of another process.
+
+    A run holds a lock for as long as it lives.
+    """
+    held, started = tmp_path / "held", tmp_path / "started"
+    worker, parent = tmp_path / "worker.py", tmp_path / "parent.py"
     worker.write_text(
-        f"import os, time\nopen({str(tmp_path)!r} + '/started', 'w').write(str(os.getpid()))\ntime.sleep(600)\n"
+        "import sys, time\nfrom pathlib import Path\nfrom filelock import FileLock\n"
+        f"with FileLock({str(held)!r}):\n    Path({str(started)!r}).touch()\n    time.sleep(120)\n"
     )
-    parent = tmp_path / "parent.py"
     folder = str(Path(parallel_runs.__file__).parent)
     parent.write_text(
         f"import sys\nfrom pathlib import Path\nsys.path.append({folder!r})\n"
@@ -387,16 +375,19 @@ def test_runs_end_with_the_process_that_started_them(tmp_path):
     )
     process = subprocess.Popen([sys.executable, str(parent)], stderr=subprocess.DEVNULL)
     try:
-        wait_until(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() != "")
-        worker_id = int((tmp_path / "started").read_text())
-        assert is_alive(worker_id)
+        end = time.monotonic() + 60
+        while not started.exists():
+            assert time.monotonic() < end, "no run was started"
+            time.sleep(0.05)
+        with pytest.raises(Timeout):
+            FileLock(held, timeout=0).acquire()
         with pytest.raises(ValueError, match="Another process runs benchmarks in"):
             run_in_processes([str(worker)], ["y"], lambda name: False, tmp_path / "logs", 1)
     finally:
         process.kill()
         process.wait()
-    wait_until(lambda: not is_alive(worker_id))
-    run_in_processes([str(worker)], ["y"], lambda name: True, tmp_path / "logs", 1)
+    with FileLock(held, timeout=30):  # the run is gone
+        run_in_processes([str(worker)], ["y"], lambda name: True, tmp_path / "logs", 1)
 
 
 def test_runs_have_processes_of_their_own(tmp_path):
