@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from text_data import LAYOUTS, hold_out_first, tokenize, train_tokenizer, with_special_tokens
+from text_data import LAYOUTS, hold_out_first, hold_out_twentieth, tokenize, train_tokenizer, with_special_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,3 +50,12 @@ def test_rows_of_each_layout():
         assert [row[1:-1] for row in rows["wrapped"]] == [stream[i : i + 6] for i in range(0, len(stream) - 5, 6)]
         assert all(row[0] == row[-1] == end for row in rows["wrapped"] + rows["documents"])
         assert [row[1:-1] for row in rows["documents"]] == [tokenizer(d)["input_ids"][:6] for d in documents]
+
+
+def test_what_is_held_out_is_not_trained_on():
+    """Documents of two paragraphs, of which the first is that of one that is held out."""
+    shared = " ".join(f"word{index}" for index in range(13))
+    documents = [f"{shared}\nmine {index}" for index in range(41)]
+    held_out, others = hold_out_twentieth(documents)
+    assert held_out == [documents[0], documents[20], documents[40]]
+    assert others == [f"mine {index}" for index in range(41) if index % 20]
