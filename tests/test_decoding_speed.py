@@ -30,6 +30,7 @@ from eso_lm.modeling_products import (
 )
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
+HAS_FAST_BFLOAT16 = HAS_ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()  # not on a processor without AVX-512
 
 
 def model_of(backbone: str | None):
@@ -58,7 +59,8 @@ def test_products_of_a_decoding_step_are_those_of_a_linear_layer(
         layer.rows_to_pack = 1 if is_packed and layer.rows_to_pack else None
         outputs, activated = layer(inputs), linear_gelu(layer, inputs)
         is_large_product = batch * rows * layer.weight.numel() >= MIN_PACKED_PRODUCT
-        can_be_packed = dtype != torch.float64 and layer.weight.numel() >= MIN_PACKED_WEIGHT and HAS_ONEDNN
+        has_products = {torch.float32: HAS_ONEDNN, torch.bfloat16: HAS_FAST_BFLOAT16, torch.float64: False}[dtype]
+        can_be_packed = has_products and layer.weight.numel() >= MIN_PACKED_WEIGHT
         assert (layer.packed is not None) == (is_packed and can_be_packed and is_large_product and not with_gradients)
     expected = F.linear(inputs, layer.weight, layer.bias)
     assert outputs.shape == expected.shape
