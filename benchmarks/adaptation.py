@@ -16,7 +16,7 @@ from pathlib import Path
 from fresh_models import add_sizes
 from matplotlib.figure import Figure
 from measuring import hardware
-from parallel_runs import parse_with_run, run_in_processes
+from parallel_runs import alone_in, parse_with_run, run_in_processes
 from reporting import argument_parser, table, write_results
 from transformers import (
     AutoTokenizer,
@@ -173,8 +173,9 @@ def plot(rows: list[dict], path: Path) -> None:
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
-    if not (args.work / "fresh" / "config.json").exists():
-        prepare(args)
+    with alone_in(args.work / "logs"):
+        if not (args.work / "fresh" / "tokenizer.json").exists():  # the last that is written
+            prepare(args)
     ways = [f"{way}:{alpha_0:g}" for alpha_0, way in product(args.alphas, WAYS)]
     for names in (["causal"], ways):
         run_in_processes(

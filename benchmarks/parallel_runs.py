@@ -9,8 +9,9 @@ import runpy
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -52,7 +53,6 @@ def run_in_processes(
         ValueError: when another process is starting runs in the folder.
         RuntimeError: when a run fails; the others of its time are run to their end.
     """
-    logs.mkdir(parents=True, exist_ok=True)
 
     def run(name: str) -> None:
         if is_complete(name):
@@ -68,14 +68,30 @@ def run_in_processes(
         if status != 0:
             raise RuntimeError(f"The run {name!r} failed: see {log}.")
 
+    with alone_in(logs), ThreadPoolExecutor(processes) as pool:
+        for _ in tqdm(pool.map(run, names), total=len(names), desc=description):
+            pass
+
+
+@contextmanager
+def alone_in(logs: Path) -> Iterator[None]:
+    """Holds the lock of a folder of logs, which is made if need be.
+
+    Raises:
+        ValueError: when another process holds it.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(logs / "lock", timeout=0)
     try:
-        with FileLock(logs / "lock", timeout=0), ThreadPoolExecutor(processes) as pool:
-            for _ in tqdm(pool.map(run, names), total=len(names), desc=description):
-                pass
+        lock.acquire()
     except Timeout:
         raise ValueError(
             f"Another process runs benchmarks in {logs.parent}: wait for it, or choose a folder."
         ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def end_with_parent() -> None:

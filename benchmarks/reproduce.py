@@ -37,8 +37,10 @@ from reproduction_runs import (
     tuning_loss,
 )
 from reproduction_systems import (
+    ALL_MASKED,
     RECIPES,
     SCALES,
+    UNAIDED,
     new_model,
     seeds_of,
     systems,
@@ -54,6 +56,7 @@ def stages(args: argparse.Namespace) -> list[tuple[str, list[str]]]:
         ("Recipes", [f"tune:{name}:{recipe}" for name in names for recipe in RECIPES]),
         # Second seeds come last: what is cut short has a model of every system.
         ("Systems", [JUDGE, *sorted(trainings, key=lambda name: int(name.split(":")[-1]))]),
+        ("Without another start", [f"control:{name}:{UNAIDED}" for name in ALL_MASKED]),
         ("Draft heads", [f"train:{name}:0" for name in heads]),
         ("Samplers", [name.replace("train", "measure", 1) for name in trainings] + [f"measure:{h}:0" for h in heads]),
     ]
@@ -88,6 +91,7 @@ def collect(corpus: Corpus, args: argparse.Namespace) -> dict:
             name: [result_of(f"train:{name}:{seed}", args)["likelihood"] for seed in seeds_of(name, args.seeds)]
             for name in names
         },
+        "unaided": {name: result_of(f"control:{name}:{UNAIDED}", args) for name in ALL_MASKED},
         "judge": result_of(JUDGE, args)["likelihood"],
         "text": result_of(JUDGE, args)["text"],
         "ngram": {order: corpus.ngram_loss(order) for order in tqdm((1, 3, 5), desc="n-grams")},

@@ -136,7 +136,8 @@ def plot_likelihood(results: dict) -> Figure:
     """Interpolation between AR and masked diffusion, and the exact likelihood against the NELBO."""
     figure, panels = new_figure(7.5, 1)
     panel = panels[0]
-    for kind, label, style in (("nelbo", "NELBO", "-"), ("exact", "bound by orders", "--")):
+    lines = (("nelbo", "NELBO", "-"), ("exact", "bound by orders", "--"), ("left_to_right", "from left to right", ":"))
+    for kind, label, style in lines:
         values = [results["likelihood"][f"eso_{alpha_0:g}"] for alpha_0 in ALPHAS]
         means = [fmean(seed[kind]["mean"] for seed in seeds) for seeds in values]
         errors = [seeds[0][kind]["standard_error"] for seeds in values]
@@ -154,8 +155,11 @@ def plot_likelihood(results: dict) -> Figure:
 def plot_training(results: dict) -> Figure:
     """Training losses against optimiser steps, averaged over what is logged at a time."""
     figure, panels = new_figure(8.5, 1)
-    for name, label in systems().items():
-        curve = [(row["step"], row["loss"]) for row in results["history"][name] if "loss" in row]
-        panels[0].plot(*zip(*curve, strict=True), label=label, linewidth=1.2, color=COLORS[name])
+    lines = [(name, label, results["history"][name], "-") for name, label in systems().items()]
+    for name, run in results["unaided"].items():
+        lines.append((name, f"{systems()[name]}, no other start", run["history"], ":"))
+    for name, label, history, style in lines:
+        curve = [(row["step"], row["loss"]) for row in history if "loss" in row]
+        panels[0].plot(*zip(*curve, strict=True), label=label, linewidth=1.2, color=COLORS[name], linestyle=style)
     panels[0].set_xlabel("optimiser steps")
     return finish(figure, panels, "training loss, nats per token")

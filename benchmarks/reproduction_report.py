@@ -67,14 +67,18 @@ def over_seeds(records: list[dict], kind: str) -> str:
 
 
 def likelihood_table(results: dict) -> list[str]:
-    kinds = ("nelbo", "one_order", "exact")
-    rows = [
-        " | ".join([label, *(over_seeds(results["likelihood"][name], kind) for kind in kinds)])
-        for name, label in systems().items()
-    ]
-    rows += [f"{n}-gram, Kneser-Ney | | | {loss:.3f} ({math.exp(loss):.1f})" for n, loss in results["ngram"].items()]
-    rows.append(f"the judge (AR) | | | {over_seeds([results['judge']], 'exact')}")
-    return table("held-out, nats per token (perplexity; seeds) | NELBO | one order | exact, or its bound", rows)
+    kinds = {
+        "nelbo": "NELBO",
+        "one_order": "one order",
+        "exact": "exact, or its bound",
+        "left_to_right": "from left to right",
+    }
+    records = {systems()[name]: losses for name, losses in results["likelihood"].items()}
+    records |= {f"{systems()[name]}, no other start": [run["likelihood"]] for name, run in results["unaided"].items()}
+    rows = [" | ".join([label, *(over_seeds(losses, kind) for kind in kinds)]) for label, losses in records.items()]
+    rows += [f"{n}-gram, Kneser-Ney | | | {loss:.3f} ({math.exp(loss):.1f}) |" for n, loss in results["ngram"].items()]
+    rows.append(f"the judge (AR) | | | {over_seeds([results['judge']], 'exact')} |")
+    return table(" | ".join(["held-out, nats per token (perplexity; seeds)", *kinds.values()]), rows)
 
 
 def recipes_table(results: dict) -> list[str]:

@@ -12,13 +12,14 @@ from typing import Any
 
 import evaluate
 import torch
-from baselines import text_positions
+import torch.nn.functional as F
+from baselines import MaskedDiffusionSampler, text_positions
 from datasets import load_from_disk
 from likelihoods import per_token
 from measuring import interleaved
 from ngram import KneserNey
 from objectives import Objective
-from parallel_runs import run_in_processes
+from parallel_runs import alone_in, run_in_processes
 from quickstart import has_fast_bfloat16
 from reporting import argument_parser
 from reproduction_systems import (
@@ -113,7 +114,7 @@ def training_arguments(
         adam_beta2=0.99,
         use_cpu=args.device == "cpu",
         logging_steps=max(steps // 40, 1),
-        save_steps=max(steps // 8, 1),
+        save_steps=max(steps // 8, 10),
         save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
@@ -177,12 +178,27 @@ def likelihood(
             scored = model.log_likelihood(rows, num_orders=num_orders, generator=generator)
             losses["one_order"] = -scored.log_likelihood_per_order.mean(dim=1) / length
             losses["exact"] = -scored.log_likelihood / length
+            left_to_right = torch.arange(length)[None]
+            losses["left_to_right"] = -model.log_likelihood(rows, orders=left_to_right).log_likelihood / length
     else:
         objective, draws = objective_of(name, corpus.tokenizer), 1 if is_autoregressive(name) else scale.num_draws
         # A draw covers all rows at once, so that its times are spread over them.
         mean = torch.stack([objective(model, rows, generator) for _ in range(draws)]).mean(dim=0)
         losses = {"exact" if is_autoregressive(name) else "nelbo": mean}
+        if name == "mdm" and with_orders:
+            losses["left_to_right"] = left_to_right_loss(model, rows)
     return {kind: over_rows(row_losses) for kind, row_losses in losses.items()}
+
+
+def left_to_right_loss(model: EsoForMaskedDiffusion, text: torch.LongTensor) -> torch.Tensor:
+    """Exact nats per token, (rows,), of masked diffusion that writes from left to right, one token a forward."""
+    sampler, places = MaskedDiffusionSampler(model), torch.arange(text.shape[1], device=text.device)
+    losses = []
+    for place in places:
+        known = text.masked_fill(places >= place, model.config.mask_token_id)
+        logits = sampler.forward(known, place.expand(len(text), 1))[:, 0]
+        losses.append(F.cross_entropy(logits, text[:, place], reduction="none"))
+    return torch.stack(losses).mean(dim=0)
 
 
 def over_rows(values: torch.Tensor) -> dict[str, float]:
@@ -269,8 +285,9 @@ def time_samples(name: str, corpus: Corpus, args: argparse.Namespace) -> list[di
 def run(name: str, args: argparse.Namespace) -> None:
     """One run, in this process.
 
-    "tune:system:recipe" tries a recipe for a short while, "train:system:seed" trains a system, the judge or a draft
-    head, "measure:system:seed" scores text under its samplers and judges what they write, "time:system:0" times them.
+    "tune:system:recipe" tries a recipe for a short while, "control:system:recipe" for as long as systems are trained,
+    "train:system:seed" trains a system, the judge or a draft head, with the best recipe; "measure:system:seed" scores
+    text under its samplers and judges what they write, "time:system:0" times them.
     """
     what, system, which = name.split(":")
     scale, corpus = SCALES[args.scale], Corpus(args)
@@ -283,14 +300,15 @@ def run(name: str, args: argparse.Namespace) -> None:
     elif system.endswith(HEAD):
         record = {"history": train_head(system, int(which), folder, corpus, args)}
     else:
-        if what == "tune":
-            recipe, steps, seed = (RECIPES | PLATEAU)[which], scale.tune_steps, 0
+        if what in ("tune", "control"):
+            steps = scale.tune_steps if what == "tune" else scale.steps
+            recipe, seed = (RECIPES | PLATEAU)[which], 0
         elif system == "judge":
             recipe, steps, seed = RECIPES[best_recipe("ar", args)], scale.judge_steps, int(which)
         else:
             recipe, steps, seed = RECIPES[best_recipe(system, args)], scale.steps, int(which)
         history = train(system, recipe, steps, seed, folder, corpus, args)
-        losses = likelihood(system, load(name, args), corpus, args, with_orders=what == "train")
+        losses = likelihood(system, load(name, args), corpus, args, with_orders=what != "tune")
         record = {"likelihood": losses, "history": history}
         if name == JUDGE:
             record["text"] = judged_text(corpus, args)
@@ -300,7 +318,7 @@ def run(name: str, args: argparse.Namespace) -> None:
 def folder_of(name: str, args: argparse.Namespace) -> Path:
     """Where a run keeps what it has; what is measured of a model stays with it, and goes when it goes."""
     what, system, which = name.split(":")
-    return args.work / "_".join(["tune" if what == "tune" else "train", system, which])
+    return args.work / "_".join(["train" if what in ("measure", "time") else what, system, which])
 
 
 def result_file(name: str, args: argparse.Namespace) -> Path:
@@ -341,9 +359,9 @@ def require_same_settings(args: argparse.Namespace) -> None:
 def start(args: argparse.Namespace) -> Corpus:
     """The folder of the work, with its settings noted, and the text in it."""
     args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
-    args.work.mkdir(parents=True, exist_ok=True)
-    require_same_settings(args)
-    return Corpus(args)
+    with alone_in(args.work / "logs"):
+        require_same_settings(args)
+        return Corpus(args)
 
 
 def run_all(

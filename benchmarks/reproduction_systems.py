@@ -20,8 +20,10 @@ from eso_lm import EsoConfig, EsoForMaskedDiffusion
 ALPHAS = (1.0, 0.5, 0.25, 0.0)
 BLOCKS = (4, 16)
 ENTROPY_BOUNDS = (4.0, 16.0, 64.0)  # nats
+DRAFT_LENGTH = 8  # of lossless decoding: "auto" goes by time, and so by the batch; this is to be the same in all
 HEAD = "+head"  # ends the name of an Eso-LM with a draft head, which is trained for the model of the name before it
 WITH_HEAD = (0.25, 0.0)  # α_0 of those
+ALL_MASKED = ("mdm", "eso_1")  # systems that learn from masks on all sides; trained without any other start too
 CARRYING = ("ar", "mdm", "eso_1", "eso_0.25")  # the claims: trained with every seed, the others with the first one
 
 
@@ -41,6 +43,7 @@ RECIPES = {  # each system is trained with the best for it
     "4e-3_left_to_right_first": Recipe(4e-3, first="left to right"),
     "4e-3": Recipe(4e-3),
 }
+UNAIDED = "4e-3"  # the recipe that begins with the objective itself
 PLATEAU = {  # what might take a system off the plateau of the unigrams, where it begins; `plateau.py`
     "as_it_is": Recipe(2e-3),
     "twice_the_rate": Recipe(4e-3),
@@ -194,7 +197,7 @@ def settings_of(name: str, scale: Scale) -> list[dict[str, Any]]:
         block_length = int(name.removeprefix("bd"))
         return [{"steps": steps} for steps in (1, 2, 4, 8, 16, "max") if steps == "max" or steps <= block_length]
     alphas = sorted({1.0, alpha_0, 0.0}, reverse=True)
-    lossless = [in_order(alpha, "strided", lossless=True) for alpha in alphas]
+    lossless = [in_order(alpha, "strided", lossless=True, draft_length=DRAFT_LENGTH) for alpha in alphas]
     if name.endswith(HEAD):
         steps = [in_order(1.0, "left_to_right", num_diffusion_steps=count) for count in scale.diffusion_steps]
         return steps + lossless

@@ -28,7 +28,7 @@ from objectives import Autoregressive, BlockDiffusion, Esoteric, MaskedDiffusion
 from parallel_runs import run_in_processes
 from reproduction_figures import COLORS, looks_of, plot_budgets
 from reproduction_report import averaged, budgets_table, fair_points, samplers_table
-from reproduction_systems import CARRYING, PLATEAU, RECIPES, SCALES, WITH_HEAD, samplers
+from reproduction_systems import ALL_MASKED, CARRYING, PLATEAU, RECIPES, SCALES, WITH_HEAD, samplers
 from text_data import without_overlap
 from tiny_models import random_batch, randomized_model
 
@@ -65,6 +65,18 @@ def test_the_masked_loss_is_that_of_its_sampler():
     cross_entropy = F.cross_entropy(logits.transpose(1, 2), text, reduction="none")
     expected = (cross_entropy * masked).sum(dim=1) / times / 6
     torch.testing.assert_close(losses, expected.float(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_masked_diffusion_from_left_to_right_by_hand():
+    """Of each token: a pass over what stands to its left, and masks."""
+    model, text = randomized_model(), random_batch(randomized_model(), 2, 6)
+    expected = torch.zeros(2)
+    for place in range(6):
+        known = torch.cat([text[:, :place], torch.full((2, 6 - place), MASK)], dim=1)
+        log_probs = MaskedDiffusionSampler(model).forward(known)[:, place].log_softmax(dim=-1)
+        expected -= log_probs[range(2), text[:, place]] / 6
+    torch.testing.assert_close(reproduction_runs.left_to_right_loss(model, text), expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -287,6 +299,7 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     seeds = len(names) + len(CARRYING)
     assert kinds == {
         "tune": len(names) * len(RECIPES),
+        "control": len(ALL_MASKED),
         "train": seeds + 1 + len(WITH_HEAD),
         "measure": seeds + len(WITH_HEAD),
         "time": len(names) + len(WITH_HEAD),
@@ -389,6 +402,13 @@ def test_runs_end_with_the_process_that_started_them(tmp_path):
         process.wait()
     with FileLock(held, timeout=30):  # the run is gone
         run_in_processes([str(worker)], ["y"], lambda name: True, tmp_path / "logs", 1)
+
+
+def test_nothing_is_written_beside_another_command(tmp_path):
+    args = reproduce.parse_args(["--scale", "smoke", "--work", str(tmp_path)])
+    with parallel_runs.alone_in(tmp_path / "logs"), pytest.raises(ValueError, match="Another process runs benchmarks"):
+        reproduction_runs.start(args)
+    assert [path.name for path in tmp_path.iterdir()] == ["logs"]
 
 
 def test_runs_have_processes_of_their_own(tmp_path):
