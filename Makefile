@@ -36,7 +36,7 @@ test: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS)
 
 test-all: test docs
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --numprocesses $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed $(VENV)/source/eso_lm
 	$(BIN)/ruff check .

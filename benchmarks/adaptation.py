@@ -44,7 +44,7 @@ WAYS = {  # arguments of adapt_causal_lm.py
 def prepare(args: argparse.Namespace) -> None:
     """Writes the texts, held-out ones first, and a Llama with fresh weights."""
     set_seed(args.seed)
-    held_out, rest = hold_out_twentieth(python_documents()[:: args.every])
+    held_out, rest = hold_out_twentieth(python_documents(every=args.every))
     args.work.mkdir(parents=True, exist_ok=True)
     write_texts(args.work / "texts.jsonl", held_out + rest)
     tokenizer = train_tokenizer(rest, args.vocab_size, args.length)
@@ -204,7 +204,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     add_sizes(parser, hidden_size=192, num_layers=4, num_heads=4, vocab_size=2048)
     parser.add_argument("--held-out-rows", type=int, default=128)
     parser.add_argument("--evaluate-every", type=int, default=50)
-    parser.add_argument("--every", type=int, default=1, help="use one document of so many")
+    parser.add_argument("--every", type=int, default=1, help="read one file of so many")
     parser.add_argument("--processes", type=int, default=2, help="runs at a time")
     parser.add_argument("--seed", type=int, default=0)
     return parse_with_run(parser, arguments)

@@ -69,7 +69,7 @@ class Corpus:
         self.held_out = torch.tensor(load_from_disk(folder / "held_out")["input_ids"][:])
 
     def _write(self, folder: Path, scale: Scale) -> None:
-        held_out, train = hold_out_twentieth(python_documents(everything=True)[:: scale.every])
+        held_out, train = hold_out_twentieth(python_documents(everything=True, every=scale.every))
         tokenizer = train_tokenizer(train, scale.vocab_size, scale.length)
         rows = pack(held_out, tokenizer, scale.length)
         if len(rows) < scale.held_out_rows:

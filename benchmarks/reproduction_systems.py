@@ -77,7 +77,7 @@ class Scale:
     diffusion_steps: tuple[int, ...]  # settings of masked diffusion and Eso-LMs
     num_timed: int  # calls at each setting and batch size, of which the median counts
     num_plans: int = 2  # for the exact likelihood of a sampler, where one pass gives it
-    every: int = 1  # one document of so many
+    every: int = 1  # one file of so many
 
 
 SCALES = {

@@ -38,19 +38,20 @@ class TextArguments:
     held_out_rows: int = field(default=256, metadata={"help": "rows of them that are evaluated, at most"})
 
 
-def python_documents(everything: bool = False) -> list[str]:
+def python_documents(everything: bool = False, every: int = 1) -> list[str]:
     """English prose that every Python carries: its language reference and the docstrings of its standard library.
 
-    With `everything` its comments, too, and the library's own tests: about twice as much text, and less polished.
+    With `everything` its comments, too, and the library's own tests: about twice as much text, and less polished. Of
+    `every` so many topics and files one is read.
     """
-    texts = [topics.topics[name] for name in sorted(topics.topics)]
+    texts = [topics.topics[name] for name in sorted(topics.topics)[::every]]
     library = Path(sysconfig.get_path("stdlib"))
     skipped = {"test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
     skipped = {"site-packages"} if everything else {"site-packages"} | skipped
-    for path in sorted(library.rglob("*.py")):
-        if not skipped & set(path.relative_to(library).parts):
-            texts.extend(_docstrings(path))
-            texts.extend(_comments(path) if everything else [])
+    paths = [path for path in library.rglob("*.py") if not skipped & set(path.relative_to(library).parts)]
+    for path in sorted(paths)[::every]:
+        texts.extend(_docstrings(path))
+        texts.extend(_comments(path) if everything else [])
     documents = (_prose(text) for text in texts)
     return list(dict.fromkeys(document for document in documents if len(document) >= MIN_DOCUMENT_LENGTH))
 
