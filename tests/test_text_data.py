@@ -1,8 +1,19 @@
 """Tokenizers and rows of the recipes."""
 
+import sysconfig
+from pydoc_data import topics
+
 import pytest
 from datasets import Dataset
-from text_data import LAYOUTS, hold_out_first, hold_out_twentieth, tokenize, train_tokenizer, with_special_tokens
+from text_data import (
+    LAYOUTS,
+    hold_out_first,
+    hold_out_twentieth,
+    python_documents,
+    tokenize,
+    train_tokenizer,
+    with_special_tokens,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,6 +61,32 @@ def test_rows_of_each_layout():
         assert [row[1:-1] for row in rows["wrapped"]] == [stream[i : i + 6] for i in range(0, len(stream) - 5, 6)]
         assert all(row[0] == row[-1] == end for row in rows["wrapped"] + rows["documents"])
         assert [row[1:-1] for row in rows["documents"]] == [tokenizer(d)["input_ids"][:6] for d in documents]
+
+
+def test_documents_of_a_small_python(monkeypatch, tmp_path):
+    def prose(kind: str) -> str:
+        return (
+            f"This is the {kind}, in words enough to be taken for a document of its own, as short ones are left out."
+        )
+
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(topics, "topics", {name: prose(f"topic {name}") for name in "badc"})
+    for name in ("one.py", "two.py", "test/three.py", "site-packages/four.py"):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(
+            f'"""{prose(f"docstring of {path.stem}")}"""\n# {prose(f"comment of {path.stem}")}\n"Short."\n'
+        )
+    (tmp_path / "odd.py").write_text("this is no Python")
+    topic_texts = [prose(f"topic {name}") for name in "abcd"]
+    of_files = [prose(f"docstring of {name}") for name in ("one", "two")]
+    assert python_documents() == topic_texts + of_files
+    assert python_documents(every=2) == [*topic_texts[::2], of_files[1]]  # the files: odd, one, two
+    everything = python_documents(everything=True)
+    assert sorted(set(everything) - set(topic_texts + of_files)) == [
+        *(prose(f"comment of {name}") for name in ("one", "three", "two")),
+        prose("docstring of three"),
+    ]
 
 
 def test_what_is_held_out_is_not_trained_on():
