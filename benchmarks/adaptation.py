@@ -186,7 +186,8 @@ def main(args: argparse.Namespace) -> None:
             args.processes,
         )
     parameters = LlamaForCausalLM.from_pretrained(args.work / "fresh").num_parameters()
-    settings = vars(args) | {"hardware": hardware("cpu"), "parameters": parameters}
+    settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "output", "work")}
+    settings |= {"hardware": hardware("cpu"), "parameters": parameters}
     results = {"settings": settings, "rows": collect(args)}
     write_results(args.output, "adaptation", results, report(results))
     plot(results["rows"], args.output / "adaptation.png")
