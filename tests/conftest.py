@@ -1,5 +1,6 @@
 import json
 import os
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -16,6 +17,12 @@ from transformers import AutoModel, AutoTokenizer
 
 # transformers' own tests run where its files are at hand: see transformers_common/README.md.
 collect_ignore = [] if "TRANSFORMERS_TESTS" in os.environ else ["transformers_common"]
+
+
+def pytest_sessionfinish() -> None:
+    """Ends the workers that a snippet has started: a process of xdist ends without asking Ray to."""
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
 
 
 @pytest.fixture(autouse=True)
