@@ -16,7 +16,7 @@ from pathlib import Path
 from fresh_models import add_sizes
 from matplotlib.figure import Figure
 from measuring import hardware
-from parallel_runs import alone_in, parse_with_run, run_in_processes
+from parallel_runs import alone_in, parse_with_run, run_in_processes, settings_of
 from reporting import argument_parser, table, write_results
 from transformers import (
     AutoTokenizer,
@@ -186,8 +186,7 @@ def main(args: argparse.Namespace) -> None:
             args.processes,
         )
     parameters = LlamaForCausalLM.from_pretrained(args.work / "fresh").num_parameters()
-    settings = {name: value for name, value in vars(args).items() if name not in ("run", "command", "output", "work")}
-    settings |= {"hardware": hardware("cpu"), "parameters": parameters}
+    settings = settings_of(args) | {"hardware": hardware("cpu"), "parameters": parameters}
     results = {"settings": settings, "rows": collect(args)}
     write_results(args.output, "adaptation", results, report(results))
     plot(results["rows"], args.output / "adaptation.png")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -24,6 +25,11 @@ def parse_with_run(parser: argparse.ArgumentParser, arguments: list[str] | None 
     args = parser.parse_args(arguments)
     args.command = sys.argv[1:] if arguments is None else arguments
     return args
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that say what is measured: neither where things lie, nor which run this is."""
+    return {name: value for name, value in vars(args).items() if name not in ("run", "command", "output", "work")}
 
 
 def run_in_processes(
