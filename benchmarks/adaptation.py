@@ -176,15 +176,15 @@ def main(args: argparse.Namespace) -> None:
     with alone_in(args.work / "logs"):
         if not (args.work / "fresh" / "tokenizer.json").exists():  # the last that is written
             prepare(args)
-    ways = [f"{way}:{alpha_0:g}" for alpha_0, way in product(args.alphas, WAYS)]
-    for names in (["causal"], ways):
-        run_in_processes(
-            [__file__, *args.command],
-            names,
-            lambda name: (folder_of(name, args) / "model.safetensors").exists(),
-            args.work / "logs",
-            args.processes,
-        )
+        ways = [f"{way}:{alpha_0:g}" for alpha_0, way in product(args.alphas, WAYS)]
+        for names in (["causal"], ways):
+            run_in_processes(
+                [__file__, *args.command],
+                names,
+                lambda name: (folder_of(name, args) / "model.safetensors").exists(),
+                args.work / "logs",
+                args.processes,
+            )
     parameters = LlamaForCausalLM.from_pretrained(args.work / "fresh").num_parameters()
     settings = settings_of(args) | {"hardware": hardware("cpu"), "parameters": parameters}
     results = {"settings": settings, "rows": collect(args)}

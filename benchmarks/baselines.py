@@ -7,14 +7,14 @@ decides, and their tokens are independent given what it sees, so that log p(x | 
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from eso_lm import EsoForMaskedDiffusion
 from eso_lm.generation_cache import PreallocatedCache
+from eso_lm.generation_order import plan_generation
 from eso_lm.generation_sampling import draw_tokens, draw_uniform
-from eso_lm.noise_schedule import sample_unmasking_counts
 
 Chooser = Callable[[torch.Tensor, torch.LongTensor], torch.LongTensor]
 """The tokens of a forward, (batch, count): of their logits, (batch, count, vocab), and their places in the text."""
@@ -29,6 +29,14 @@ def draw(logits: torch.Tensor, places: torch.LongTensor | None = None) -> torch.
     flat = logits.float().flatten(0, -2)
     uniform = draw_uniform([len(flat)], None, flat.device)
     return draw_tokens(flat, uniform).view(logits.shape[:-1])
+
+
+def planned_places(
+    batch: int, length: int, num_steps: Steps, unmasking_order: str, device: torch.device
+) -> Iterator[torch.LongTensor]:
+    """The places, (batch, count), that each forward decides, planned as `generate` plans them at α_0 = 1."""
+    order, counts = plan_generation(batch, length, 1.0, num_steps, unmasking_order)
+    return iter(order.to(device).split(counts, dim=1))
 
 
 def text_positions(input_ids: torch.LongTensor, first: int = 0) -> torch.LongTensor:
@@ -53,13 +61,14 @@ class TextScorer:
 class Sampler:
     """A decoding loop, which draws or scores.
 
-    Its `steps(batch, length, *plan, choose=draw)` yields the tokens after each forward, (batch, length); the arguments
-    `plan` say how the places are shared out over the forwards.
+    Its `steps(batch, length, **plan, choose=draw)` yields the tokens after each forward, (batch, length). `plan`, of
+    all but the autoregressive one, says how the places are shared out over the forwards: `num_steps`, and
+    `unmasking_order`, an order of `generate` (in MDLM and BD3-LM: "random").
     """
 
     steps: Callable[..., Iterator[torch.LongTensor]]
 
-    def log_likelihood(self, text: torch.LongTensor, *plan: Steps) -> tuple[torch.Tensor, int]:
+    def log_likelihood(self, text: torch.LongTensor, **plan: Any) -> tuple[torch.Tensor, int]:
         """Scores clean texts, (batch, length), under a plan that is drawn as for samples, from the global generator.
 
         Returns:
@@ -67,7 +76,7 @@ class Sampler:
             share the number of places of each forward, as those of a sample do; each has places of its own.
         """
         scorer = TextScorer(text)
-        forwards = sum(1 for _ in self.steps(*text.shape, *plan, choose=scorer))
+        forwards = sum(1 for _ in self.steps(*text.shape, **plan, choose=scorer))
         return scorer.log_likelihood, forwards
 
 
@@ -111,16 +120,14 @@ class MaskedDiffusionSampler(Sampler):
             return self.model(input_ids, position_ids=text_positions(input_ids), logits_to_keep=places).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: Steps, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
+    def steps(
+        self, batch: int, length: int, num_steps: Steps, unmasking_order: str = "random", choose: Chooser = draw
+    ) -> Iterator[torch.LongTensor]:
         """Yields the tokens after each forward, (batch, length)."""
         device = self.model.device
         tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
-        order = torch.rand(batch, length, device=device).argsort(dim=-1)
-        done = 0
-        for count in sample_unmasking_counts(length, num_steps, 1.0):
-            places = order[:, done : done + count]
+        for places in planned_places(batch, length, num_steps, unmasking_order, device):
             tokens.scatter_(1, places, choose(self.forward(tokens, places), places))
-            done += count
             yield tokens
 
 
@@ -149,19 +156,17 @@ class BlockDiffusionSampler(Sampler):
         ).logits
 
     @torch.no_grad()
-    def steps(self, batch: int, length: int, num_steps: Steps, choose: Chooser = draw) -> Iterator[torch.LongTensor]:
-        """Yields the tokens after each forward, (batch, length); `num_steps` for each block."""
+    def steps(
+        self, batch: int, length: int, num_steps: Steps, unmasking_order: str = "random", choose: Chooser = draw
+    ) -> Iterator[torch.LongTensor]:
+        """Yields the tokens after each forward, (batch, length); `num_steps` and the order are those of each block."""
         device = self.model.device
         cache = filled_cache(self.model, batch, length, context=0)
         tokens = torch.full((batch, length), self.model.config.mask_token_id, device=device)
         for first in range(0, length, self.block_length):
             block = tokens[:, first : first + self.block_length]
-            order = torch.rand(block.shape, device=device).argsort(dim=-1)
-            done = 0
-            for count in sample_unmasking_counts(block.shape[1], num_steps, 1.0):
-                places = order[:, done : done + count]
+            for places in planned_places(*block.shape, num_steps, unmasking_order, device):
                 block.scatter_(1, places, choose(self.forward(block, first, cache, places), first + places))
-                done += count
                 yield tokens
             if first + self.block_length < length:
                 self.forward(block, first, cache, places=1)

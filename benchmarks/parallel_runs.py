@@ -46,19 +46,21 @@ def run_in_processes(
     Small models gain little from a second thread: so many runs on a core each take less time than one after the
     other on all of them. When this process is killed, in whatever way, its runs end too.
 
+    The caller sees to it that nobody else works in the folder: `alone_in`.
+
     Args:
         command: The script and its arguments.
         names: Of the runs.
         is_complete: Whether the results of a run are there.
-        logs: Folder for what the runs print, and for a lock, so that nobody else starts runs there meanwhile.
+        logs: Folder for what the runs print.
         processes: Runs at a time.
         description: Of the progress bar.
         threads: Of each run.
 
     Raises:
-        ValueError: when another process is starting runs in the folder.
         RuntimeError: when a run fails; the others of its time are run to their end.
     """
+    running: set[subprocess.Popen] = set()
 
     def run(name: str) -> None:
         if is_complete(name):
@@ -70,13 +72,20 @@ def run_in_processes(
             options = {"stdin": subprocess.PIPE, "stdout": file, "stderr": subprocess.STDOUT, "env": environment}
             # Nothing is written to its standard input, which is closed when this process ends.
             with subprocess.Popen(line, **options) as process:
+                running.add(process)
                 status = process.wait()
+                running.remove(process)
         if status != 0:
             raise RuntimeError(f"The run {name!r} failed: see {log}.")
 
-    with alone_in(logs), ThreadPoolExecutor(processes) as pool:
-        for _ in tqdm(pool.map(run, names), total=len(names), desc=description):
-            pass
+    with ThreadPoolExecutor(processes) as pool:
+        try:
+            for _ in tqdm(pool.map(run, names), total=len(names), desc=description):
+                pass
+        except KeyboardInterrupt:
+            for process in tuple(running):
+                process.kill()
+            raise
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from parallel_runs import parse_with_run
 from reporting import table, write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
-from reproduction_runs import parser_of_runs, run, run_all, start, tuning_loss
+from reproduction_runs import alone_with_corpus, parser_of_runs, run, run_all, tuning_loss
 from reproduction_systems import PLATEAU, SCALES, systems
 
 SYSTEMS = ("mdm", "eso_1")
@@ -41,16 +41,16 @@ def report(results: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
-    corpus = start(args)
     plain = next(iter(PLATEAU))
     names = [f"tune:ar:{plain}", *(f"tune:{name}:{recipe}" for recipe in PLATEAU for name in SYSTEMS)]
-    run_all(__file__, names, args, "Changes")
-    results = {
-        "settings": {"hardware": hardware(args.device), "scale": args.scale} | vars(SCALES[args.scale]),
-        "losses": {name: {recipe: tuning_loss(name, recipe, args) for recipe in PLATEAU} for name in SYSTEMS},
-        "ar": tuning_loss("ar", plain, args),
-        "unigrams": corpus.ngram_loss(1),
-    }
+    with alone_with_corpus(args) as corpus:
+        run_all(__file__, names, args, "Changes")
+        results = {
+            "settings": {"hardware": hardware(args.device), "scale": args.scale} | vars(SCALES[args.scale]),
+            "losses": {name: {recipe: tuning_loss(name, recipe, args) for recipe in PLATEAU} for name in SYSTEMS},
+            "ar": tuning_loss("ar", plain, args),
+            "unigrams": corpus.ngram_loss(1),
+        }
     write_results(args.output, "plateau", results, report(results))
 
 

@@ -18,7 +18,7 @@ from statistics import mean, stdev
 import torch
 from matplotlib.figure import Figure
 from measuring import hardware
-from parallel_runs import parse_with_run, run_in_processes, settings_of
+from parallel_runs import alone_in, parse_with_run, run_in_processes, settings_of
 from reporting import argument_parser, table, write_results
 
 from eso_lm.training_grpo import EsoGRPOTrainer, Rollouts
@@ -248,10 +248,11 @@ def main(args: argparse.Namespace) -> None:
             return False
         return name == "start" or max(curve(name, "solved", args)) == args.steps
 
-    run_all(["start"], "The supervised start")
-    run_all([f"{estimate}:{rate:g}:0" for rate in args.rates for estimate in ESTIMATES], "Learning rates")
-    seeds = range(1, args.seeds + 1)
-    run_all([f"{estimate}:{best_rate(estimate, args):g}:{s}" for s in seeds for estimate in ESTIMATES], "Seeds")
+    with alone_in(args.work / "logs"):
+        run_all(["start"], "The supervised start")
+        run_all([f"{estimate}:{rate:g}:0" for rate in args.rates for estimate in ESTIMATES], "Learning rates")
+        seeds = range(1, args.seeds + 1)
+        run_all([f"{estimate}:{best_rate(estimate, args):g}:{s}" for s in seeds for estimate in ESTIMATES], "Seeds")
     results = {"settings": settings_of(args) | {"hardware": hardware("cpu")}, "estimates": collect(args)}
     results = json.loads(json.dumps(results))  # steps are names, as in the file
     write_results(args.output, "reinforcement", results, report(results))

@@ -10,8 +10,24 @@ from pathlib import Path
 def argument_parser(description: str, output: str) -> argparse.ArgumentParser:
     """A parser that explains a script by its own first lines; `--output` is the folder of its results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"), help=output)
+    parser.add_argument("--output", type=folder, default=Path("benchmarks/results"), help=output)
     return parser
+
+
+def folder(text: str) -> Path:
+    """The type of an argument: a folder that is there, or that can be made."""
+    path = Path(text)
+    there = next(some for some in (path, *path.absolute().parents) if some.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a folder that can be written to, got {text!r}")
+    return path
+
+
+def positive(text: str) -> int:
+    """The type of an argument: 1, 2, ..."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
 
 
 def table(header: str, rows: Iterable[str]) -> list[str]:

@@ -1,5 +1,6 @@
 """Pictures of what `reproduce.py` measured: a line for each system, in the same colour everywhere."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 from likelihoods import frontier
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from reproduction_report import COSTS, averaged, fair_points, measured_systems, takes_steps
+from reproduction_report import COSTS, averaged, measured_systems, takes_steps
 from reproduction_systems import ALPHAS, HEAD, systems
 
 COLORS = dict(
     zip(
         systems(),
-        ("black", "tab:red", "tab:orange", "goldenrod", "tab:purple", "tab:blue", "tab:cyan", "tab:green"),
+        ("black", "tab:red", "tab:orange", "tab:brown", "tab:purple", "tab:blue", "tab:cyan", "tab:green"),
         strict=True,
     )
 )
@@ -53,7 +54,8 @@ def finish(figure: Figure, panels: list[Axes], ylabel: str) -> Figure:
     for panel in panels:
         panel.grid(color="0.92", linewidth=0.6)
         panel.set_axisbelow(True)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8, handlelength=3.5)
     return figure
 
 
@@ -77,7 +79,8 @@ def plot_budgets(results: dict) -> Figure:
     for panel, cost in zip(panels, COSTS, strict=True):
         for name, title in measured_systems().items():
             mine = frontier([point for point in points if point["system"] == name], cost=cost)
-            draw_line(panel, mine, cost, lambda point: point["nats_per_token"], label=title, **looks_of(name))
+            looks = looks_of(name) | {"label": title, "drawstyle": "steps-post"}  # the best for this cost or less
+            draw_line(panel, mine, cost, lambda point: point["nats_per_token"], **looks)
         on_costs(panel, cost, results)
     return finish(figure, panels, "exact nats per token of held-out text")
 
@@ -86,42 +89,44 @@ def plot_steps(results: dict) -> Figure:
     """Exact nats against forwards where more and more tokens share one: what few steps cost each system."""
     figure, panels = new_figure(8.5, 1)
     points = averaged(results["points"])
-    lines: list[tuple[str, str | None]] = [(name, None) for name in ("mdm", "bd4", "bd16")]
-    lines += [(name, order) for name in ("eso_1", "eso_0.5", "eso_0.25") for order in ("strided", "random")]
-    for name, order in lines:
+    names = ("mdm", "bd4", "bd16", "eso_1", "eso_0.5", "eso_0.25")
+    for name, order in itertools.product(names, ("strided", "random")):
         mine = [point for point in points if point["system"] == name and takes_steps(point["setting"], order)]
-        note = "" if order is None else f", {order}"
-        looks = looks_of(name) | {"linestyle": ":" if order == "random" else "-", "label": systems()[name] + note}
+        style = {"linestyle": ":" if order == "random" else "-", "label": f"{systems()[name]}, {order}"}
+        looks = looks_of(name) | style
         draw_line(panels[0], mine, "forwards", lambda point: point["nats_per_token"], **looks)
     on_costs(panels[0], "forwards", results)
     return finish(figure, panels, "exact nats per token of held-out text")
 
 
 def plot_heads(results: dict) -> Figure:
-    """Exact nats against forwards and seconds of the systems with a draft head, with it and without."""
+    """Exact nats against forwards and seconds from left to right: with a draft head, and the same model without."""
     figure, panels = new_figure(11, 2)
     points = averaged(results["points"])
     names = [name for name in measured_systems() if f"{name}{HEAD}" in measured_systems() or name.endswith(HEAD)]
     for panel, cost in zip(panels, ("forwards", "ms_at_1"), strict=True):
         for name in ("ar", *names):
-            mine = frontier([point for point in points if point["system"] == name], cost=cost)
+            mine = [point for point in points if point["system"] == name and is_plain_left_to_right(point["setting"])]
             looks = looks_of(name) | {"label": measured_systems()[name]}
             draw_line(panel, mine, cost, lambda point: point["nats_per_token"], **looks)
         on_costs(panel, cost, results)
     return finish(figure, panels, "exact nats per token of held-out text")
 
 
+def is_plain_left_to_right(setting: dict[str, Any]) -> bool:
+    """Whether a setting writes from left to right: some steps, or one token a forward, which AR does."""
+    return not setting or (setting["unmasking_order"] == "left_to_right" and "lossless" not in setting)
+
+
 def plot_judge(results: dict) -> Figure:
-    """Perplexity under the judge against forwards, and MAUVE: of each system the best sampler at each cost or less."""
+    """What the judge says of the samplers of `plot_budgets`, which are chosen without it: perplexity and MAUVE."""
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     panels = list(figure.subplots(1, 2))
-    points = fair_points(results)
+    points = averaged(results["points"])
     for name, title in measured_systems().items():
-        mine = [point for point in points if point["system"] == name]
+        best = frontier([point for point in points if point["system"] == name])
         looks = looks_of(name) | {"label": title}
-        best = frontier(mine, loss="judge_nats")
         draw_line(panels[0], best, "forwards", lambda point: math.exp(point["judge_nats"]), **looks)
-        best = frontier([point | {"loss": -point["mauve"]} for point in mine], loss="loss")
         draw_line(panels[1], best, "forwards", lambda point: point["mauve"], **looks)
     panels[0].axhline(math.exp(results["text"]["judge_nats"]), color="gray", linestyle=":", linewidth=1)
     panels[1].axhline(results["text"]["mauve"], color="gray", linestyle=":", linewidth=1)
@@ -136,14 +141,17 @@ def plot_likelihood(results: dict) -> Figure:
     """Interpolation between AR and masked diffusion, and the exact likelihood against the NELBO."""
     figure, panels = new_figure(7.5, 1)
     panel = panels[0]
-    lines = (("nelbo", "NELBO", "-"), ("exact", "bound by orders", "--"), ("left_to_right", "from left to right", ":"))
-    for kind, label, style in lines:
+    kinds = (
+        ("nelbo", "NELBO", "-", "o"),
+        ("exact", "bound by orders", "--", "s"),
+        ("left_to_right", "from left to right", ":", "^"),
+    )
+    for kind, label, style, marker in kinds:
         values = [results["likelihood"][f"eso_{alpha_0:g}"] for alpha_0 in ALPHAS]
         means = [fmean(seed[kind]["mean"] for seed in seeds) for seeds in values]
         errors = [seeds[0][kind]["standard_error"] for seeds in values]
-        panel.errorbar(
-            ALPHAS, means, errors, color="tab:blue", linestyle=style, marker="o", capsize=2, label=f"Eso-LM, {label}"
-        )
+        looks = {"color": "0.4", "linestyle": style, "marker": marker, "capsize": 2, "label": f"Eso-LM, {label}"}
+        panel.errorbar(ALPHAS, means, errors, **looks)
     for name in ("ar", "mdm", "bd4", "bd16"):
         loss = fmean((seed.get("nelbo") or seed["exact"])["mean"] for seed in results["likelihood"][name])
         label = systems()[name] + ("" if name == "ar" else ", NELBO")

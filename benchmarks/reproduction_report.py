@@ -2,7 +2,7 @@
 
 import json
 import math
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 from likelihoods import describe
@@ -34,26 +34,20 @@ def averaged(points: list[dict]) -> list[dict]:
     ]
 
 
-def fair_points(results: dict) -> list[dict]:
-    """The points whose samples are about as varied as text: with an entropy of at most 0.3 nats below."""
-    return [point for point in averaged(results["points"]) if point["entropy"] >= results["text"]["entropy"] - 0.3]
-
-
-def takes_steps(setting: dict[str, Any], order: str | None = None) -> bool:
-    """Whether a setting is a fixed number of steps, of an Eso-LM in this order with all tokens in parallel."""
-    if order is None:
-        return "steps" in setting
-    steps = setting.get("num_diffusion_steps")
-    return setting.get("alpha_0") == 1 and setting.get("unmasking_order") == order and isinstance(steps, int)
+def takes_steps(setting: dict[str, Any], order: str) -> bool:
+    """Whether a setting is a fixed number of steps in this order, of an Eso-LM with all tokens in parallel."""
+    steps = setting.get("num_steps", setting.get("num_diffusion_steps"))
+    return setting.get("alpha_0", 1.0) == 1 and setting.get("unmasking_order") == order and isinstance(steps, int)
 
 
 def describe_system(setting: dict[str, Any]) -> str:
     """The setting of any system's sampler."""
+    if not setting:
+        return "left to right"
     if "alpha_0" in setting:
         return describe(setting)
-    if "steps" not in setting:
-        return "left to right"
-    return "one token a forward" if setting["steps"] == "max" else f"{setting['steps']} steps"
+    steps = {"max": "one token a forward", 1: "1 step"}.get(setting["num_steps"], f"{setting['num_steps']} steps")
+    return f"{steps}, {setting['unmasking_order'].replace('_', ' ')}"
 
 
 def over_seeds(records: list[dict], kind: str) -> str:
@@ -132,13 +126,22 @@ def samplers_table(results: dict) -> list[str]:
     return table(f"{header} | judge's perplexity | entropy | MAUVE", rows)
 
 
+def spread_of_times(results: dict) -> float:
+    """How far the lowest and the highest time of a call are apart, as a share of their median; of most settings."""
+    points = results["points"]
+    return median(
+        (p[f"ms_at_{batch}_high"] - p[f"ms_at_{batch}_low"]) / p[f"ms_at_{batch}"] for p in points for batch in (1, 16)
+    )
+
+
 def report(results: dict) -> str:
     """All tables, as Markdown."""
     settings, text = results["settings"], results["text"]
     lines = [
         f"{settings['hardware']}; scale `{settings['scale']}`: {settings['parameters']:,} parameters, "
         f"{settings['steps']} steps of {settings['batch_size']} x {settings['length']} tokens; "
-        f"{settings['train_tokens']:,} tokens to train on. `benchmarks/reproduce.py`.",
+        f"{settings['train_tokens']:,} tokens to train on. Draft heads: {settings['head_parameters']:,} parameters "
+        f"more, {settings['head_steps']} steps more. `benchmarks/reproduce.py`.",
         "",
         *likelihood_table(results),
         "",
@@ -149,7 +152,8 @@ def report(results: dict) -> str:
         f"All samplers. ± is the standard error over {settings['held_out_rows']} held-out rows, or half of what seeds "
         f"differ by where that is more. Under the judge held-out text has a perplexity of "
         f"{math.exp(text['judge_nats']):.1f}; its entropy is {text['entropy']:.2f}, and its MAUVE, with other text, "
-        f"{text['mauve']:.2f}.",
+        f"{text['mauve']:.2f}. Times are medians of {settings['num_timed']} calls, all systems in turns; of half the "
+        f"settings the slowest and the fastest call are up to {spread_of_times(results):.0%} of it apart.",
         "",
         *samplers_table(results),
         "",

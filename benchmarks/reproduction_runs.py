@@ -5,6 +5,9 @@ A run has a name, "what:system:which". Its results are one file, which is there 
 
 import argparse
 import json
+import reprlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from statistics import fmean, median
@@ -12,7 +15,6 @@ from typing import Any
 
 import evaluate
 import torch
-import torch.nn.functional as F
 from baselines import MaskedDiffusionSampler, text_positions
 from datasets import load_from_disk
 from likelihoods import per_token
@@ -21,7 +23,7 @@ from ngram import KneserNey
 from objectives import Objective
 from parallel_runs import alone_in, run_in_processes
 from quickstart import has_fast_bfloat16
-from reporting import argument_parser
+from reporting import argument_parser, positive
 from reproduction_systems import (
     FIRST,
     HEAD,
@@ -36,6 +38,9 @@ from reproduction_systems import (
     new_model,
     objective_of,
     samplers,
+    settings_of,
+    systems,
+    systems_with_heads,
 )
 from resumable_runs import last_whole_checkpoint, train_or_go_on, write_atomically
 from text_data import hold_out_twentieth, pack, python_documents, train_tokenizer
@@ -52,8 +57,10 @@ from eso_lm import DataCollatorForDraftHead, EsoForMaskedDiffusion
 
 METRICS = Path(__file__).parents[1] / "metrics"
 JUDGE = "train:judge:100"  # an AR model with a seed of its own
+TIMES = "time:all:0"
 BATCH = 16  # texts scored and sampled at a time
-HEAD_RATE = 1e-2  # learning rate of draft heads
+HEAD_RECIPE = Recipe(1e-2)
+HEAD_RANK = 128
 
 
 class Corpus:
@@ -99,16 +106,17 @@ class ObjectiveTrainer(Trainer):
 
 
 def training_arguments(
-    folder: Path, steps: int, rate: float, seed: int, args: argparse.Namespace
+    folder: Path, recipe: Recipe, steps: int, seed: int, args: argparse.Namespace
 ) -> TrainingArguments:
-    """What all trainings have in common."""
+    """What all trainings have in common; `steps` are those of whole batches."""
+    steps *= recipe.parts
     return TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=SCALES[args.scale].batch_size,
-        learning_rate=rate,
+        per_device_train_batch_size=SCALES[args.scale].batch_size // recipe.parts,
+        learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=max(steps // 10, 1),
+        warmup_steps=int(steps * recipe.warm_up),
         weight_decay=0.01,
         bf16=has_fast_bfloat16(),
         adam_beta2=0.99,
@@ -134,7 +142,7 @@ def train(
         objective_of(name, corpus.tokenizer, recipe.loss_type),
         first_objective(recipe, name, corpus.tokenizer),
         model,
-        training_arguments(folder, steps, recipe.learning_rate, seed, args),
+        training_arguments(folder, recipe, steps, seed, args),
         data_collator=default_data_collator,
         train_dataset=corpus.train,
     )
@@ -148,12 +156,12 @@ def train_head(name: str, seed: int, folder: Path, corpus: Corpus, args: argpars
     steps = SCALES[args.scale].head_steps
     base = folder_of(f"train:{name.removesuffix(HEAD)}:{seed}", args)
     set_seed(seed)
-    model = EsoForMaskedDiffusion.from_pretrained(base, draft_rank=128)
+    model = EsoForMaskedDiffusion.from_pretrained(base, draft_rank=HEAD_RANK)
     model.requires_grad_(False)
     model.draft_head.requires_grad_(True)
     trainer = Trainer(
         model,
-        training_arguments(folder, steps, HEAD_RATE, seed, args),
+        training_arguments(folder, HEAD_RECIPE, steps, seed, args),
         data_collator=DataCollatorForDraftHead(corpus.tokenizer, config=model.config),
         train_dataset=corpus.train,
     )
@@ -186,19 +194,10 @@ def likelihood(
         mean = torch.stack([objective(model, rows, generator) for _ in range(draws)]).mean(dim=0)
         losses = {"exact" if is_autoregressive(name) else "nelbo": mean}
         if name == "mdm" and with_orders:
-            losses["left_to_right"] = left_to_right_loss(model, rows)
+            sampler = MaskedDiffusionSampler(model)
+            log_likelihood, _ = sampler.log_likelihood(rows, num_steps="max", unmasking_order="left_to_right")
+            losses["left_to_right"] = -log_likelihood / length
     return {kind: over_rows(row_losses) for kind, row_losses in losses.items()}
-
-
-def left_to_right_loss(model: EsoForMaskedDiffusion, text: torch.LongTensor) -> torch.Tensor:
-    """Exact nats per token, (rows,), of masked diffusion that writes from left to right, one token a forward."""
-    sampler, places = MaskedDiffusionSampler(model), torch.arange(text.shape[1], device=text.device)
-    losses = []
-    for place in places:
-        known = text.masked_fill(places >= place, model.config.mask_token_id)
-        logits = sampler.forward(known, place.expand(len(text), 1))[:, 0]
-        losses.append(F.cross_entropy(logits, text[:, place], reduction="none"))
-    return torch.stack(losses).mean(dim=0)
 
 
 def over_rows(values: torch.Tensor) -> dict[str, float]:
@@ -248,10 +247,16 @@ def judged_text(corpus: Corpus, args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure(name: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> list[dict]:
-    """Of a system's sampler at every setting: exact nats per token of held-out text, its forwards, and its samples."""
+    """Of a system's sampler at every setting: exact nats per token of held-out text, its forwards, and its samples.
+
+    Each setting is noted when it is done, so that a run that was killed goes on with the next one.
+    """
     scale, judge, start = SCALES[args.scale], Judge(corpus, args), corpus.tokenizer.eos_token_id
-    points = []
+    file = folder_of(f"measure:{name}:{seed}", args) / "measure.incomplete.json"
+    points = json.loads(file.read_text())["points"] if file.exists() else []
     for setting, sample, score in samplers(name, load(f"train:{name}:{seed}", args), start, scale):
+        if any(point["setting"] == setting for point in points):
+            continue
         set_seed(seed)
         # So many rows at a time as are sampled: in a baseline, those of a call share the number of tokens of a step.
         parts = [score(rows) for rows in corpus.held_out.to(args.device).split(BATCH)]
@@ -260,25 +265,29 @@ def measure(name: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> l
         point = {"system": name, "seed": seed, "setting": setting, "forwards": forwards.double().mean().item()}
         point |= per_token(nats, torch.full(nats.shape, scale.length))
         points.append(point | judge(texts))
+        write_atomically(file, {"points": points})
     return points
 
 
-def time_samples(name: str, corpus: Corpus, args: argparse.Namespace) -> list[dict]:
-    """Of a system's sampler at every setting: milliseconds of a text, one at a time and in a batch, medians of calls.
+def time_samples(names: list[str], corpus: Corpus, args: argparse.Namespace) -> list[dict]:
+    """Of samplers at every setting: milliseconds of a text, one at a time and in a batch: medians, lows and highs.
 
-    Settings take turns, so that a machine that is slow for a while is so for all of them.
+    Systems and settings take turns, so that a machine that is slow for a while is so for all of them.
     """
     scale, start = SCALES[args.scale], corpus.tokenizer.eos_token_id
     points: list[dict] = []
-    model = load(f"train:{name}:0", args)
     calls = {}
-    for index, (setting, sample, _) in enumerate(samplers(name, model, start, scale)):
-        points.append({"system": name, "setting": setting})
-        calls |= {(index, batch): partial(sample, batch) for batch in (1, BATCH)}
-    set_seed(0)
-    with model.ready_to_decode():
+    with ExitStack() as ready, torch.no_grad():
+        for name in names:
+            model = load(f"train:{name}:0", args)
+            ready.enter_context(model.ready_to_decode())
+            for setting, sample, _ in samplers(name, model, start, scale):
+                calls |= {(len(points), batch): partial(sample, batch) for batch in (1, BATCH)}
+                points.append({"system": name, "setting": setting})
+        set_seed(0)
         for (index, batch), times in interleaved(calls, scale.num_timed, args.device).items():
-            points[index][f"ms_at_{batch}"] = median(times) / batch
+            values = {"": median(times), "_low": min(times), "_high": max(times)}
+            points[index] |= {f"ms_at_{batch}{end}": time / batch for end, time in values.items()}
     return points
 
 
@@ -287,7 +296,7 @@ def run(name: str, args: argparse.Namespace) -> None:
 
     "tune:system:recipe" tries a recipe for a short while, "control:system:recipe" for as long as systems are trained,
     "train:system:seed" trains a system, the judge or a draft head, with the best recipe; "measure:system:seed" scores
-    text under its samplers and judges what they write, "time:system:0" times them.
+    text under its samplers and judges what they write, "time:all:0" times those of all systems.
     """
     what, system, which = name.split(":")
     scale, corpus = SCALES[args.scale], Corpus(args)
@@ -296,7 +305,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     if what == "measure":
         record: dict[str, Any] = {"points": measure(system, int(which), corpus, args)}
     elif what == "time":
-        record = {"points": time_samples(system, corpus, args)}
+        record = {"points": time_samples([*systems(), *systems_with_heads()], corpus, args)}
     elif system.endswith(HEAD):
         record = {"history": train_head(system, int(which), folder, corpus, args)}
     else:
@@ -318,7 +327,7 @@ def run(name: str, args: argparse.Namespace) -> None:
 def folder_of(name: str, args: argparse.Namespace) -> Path:
     """Where a run keeps what it has; what is measured of a model stays with it, and goes when it goes."""
     what, system, which = name.split(":")
-    return args.work / "_".join(["train" if what in ("measure", "time") else what, system, which])
+    return args.work / "_".join(["train" if what == "measure" else what, system, which])
 
 
 def result_file(name: str, args: argparse.Namespace) -> Path:
@@ -348,20 +357,37 @@ def best_recipe(system: str, args: argparse.Namespace) -> str:
 
 def require_same_settings(args: argparse.Namespace) -> None:
     """Notes what the runs of a folder have in common; raises a ValueError when those there were other ones."""
-    file, now = args.work / "settings.json", json.loads(json.dumps({"scale": args.scale} | vars(SCALES[args.scale])))
+    scale = {name: value for name, value in vars(SCALES[args.scale]).items() if name != "num_timed"}
+    trained = {
+        "recipes": {name: vars(recipe) for name, recipe in RECIPES.items()},
+        "first": FIRST,
+        "head": vars(HEAD_RECIPE),
+        "head_rank": HEAD_RANK,
+    }
+    sampled = {name: settings_of(name, SCALES[args.scale]) for name in (*systems(), *systems_with_heads())}
+    now = json.loads(
+        json.dumps({"scale": args.scale, "device": args.device} | scale | trained | {"samplers": sampled})
+    )
+    file = args.work / "settings.json"
     before = json.loads(file.read_text()) if file.exists() else now
     if before != now:
-        changed = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
-        raise ValueError(f"`--work {args.work}` holds runs with other settings (before, now): {changed}.")
-    file.write_text(json.dumps(now) + "\n")
+        changed = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
+        told = ", ".join(
+            f"{name} ({reprlib.repr(before.get(name))}, {reprlib.repr(now.get(name))})" for name in sorted(changed)
+        )
+        raise ValueError(
+            f"`--work {args.work}` holds runs with other settings (before, now): {told}. Choose another folder."
+        )
+    write_atomically(file, now)
 
 
-def start(args: argparse.Namespace) -> Corpus:
-    """The folder of the work, with its settings noted, and the text in it."""
+@contextmanager
+def alone_with_corpus(args: argparse.Namespace) -> Iterator[Corpus]:
+    """The text in the folder of the work, with its settings noted, which nobody else works in meanwhile."""
     args.work = args.work or Path("outputs") / f"reproduction_{args.scale}"
     with alone_in(args.work / "logs"):
         require_same_settings(args)
-        return Corpus(args)
+        yield Corpus(args)
 
 
 def run_all(
@@ -389,6 +415,6 @@ def parser_of_runs(description: str) -> argparse.ArgumentParser:
     parser = argument_parser(description, output="where JSON, Markdown, PNG go")
     parser.add_argument("--scale", choices=SCALES, default="minutes")
     parser.add_argument("--work", type=Path, help="where the models go; by default outputs/reproduction_<scale>")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time; 1 on a GPU")
+    parser.add_argument("--processes", type=positive, default=2, help="runs at a time; 1 on a GPU")
     parser.add_argument("--device", default="cpu")
     return parser

@@ -16,6 +16,7 @@ from text_data import vocabulary_of
 from transformers import PreTrainedTokenizerBase
 
 from eso_lm import EsoConfig, EsoForMaskedDiffusion
+from eso_lm.generation_order import UNMASKING_ORDERS
 
 ALPHAS = (1.0, 0.5, 0.25, 0.0)
 BLOCKS = (4, 16)
@@ -24,7 +25,7 @@ DRAFT_LENGTH = 8  # of lossless decoding: "auto" goes by time, and so by the bat
 HEAD = "+head"  # ends the name of an Eso-LM with a draft head, which is trained for the model of the name before it
 WITH_HEAD = (0.25, 0.0)  # α_0 of those
 ALL_MASKED = ("mdm", "eso_1")  # systems that learn from masks on all sides; trained without any other start too
-CARRYING = ("ar", "mdm", "eso_1", "eso_0.25")  # the claims: trained with every seed, the others with the first one
+CARRYING = ("ar", "mdm", "eso_1", "eso_0.5", "eso_0.25")  # the claims: with every seed, the others with the first
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Recipe:
     first: Literal["left to right", "pieces"] | None = None  # what the first steps learn, see `first_objective`
     loss_type: Literal["elbo", "low_var"] = "elbo"  # of masked diffusion, and of an Eso-LM at α_0 = 1
     fresh: Literal["gates", "embeddings"] | None = None  # what the weights begin with, see `new_model`
+    warm_up: float = 0.1  # share of the steps
+    parts: int = 1  # that a batch is cut into, each a step of its own
 
 
 FIRST = 0.3  # share of the steps that are the first ones
@@ -48,9 +51,13 @@ PLATEAU = {  # what might take a system off the plateau of the unigrams, where i
     "as_it_is": Recipe(2e-3),
     "twice_the_rate": Recipe(4e-3),
     "half_the_rate": Recipe(1e-3),
-    "gates_open": Recipe(2e-3, fresh="gates"),
+    "no_warm_up": Recipe(2e-3, warm_up=0.0),
+    "half_of_it_warm_up": Recipe(2e-3, warm_up=0.5),
+    "quarter_of_the_batch_in_4_times_the_steps": Recipe(2e-3, parts=4),
+    "gates_open_and_random_shifts": Recipe(2e-3, fresh="gates"),
     "embeddings_of_unit_size": Recipe(2e-3, fresh="embeddings"),
     "low_variance": Recipe(2e-3, loss_type="low_var"),
+    "low_variance_at_twice_the_rate": Recipe(4e-3, loss_type="low_var"),
     "short_pieces_first": Recipe(2e-3, first="pieces"),
     "left_to_right_first": Recipe(2e-3, first="left to right"),
     "left_to_right_first_at_twice_the_rate": Recipe(4e-3, first="left to right"),
@@ -84,7 +91,7 @@ SCALES = {
     "smoke": Scale(32, 1, 16, 300, 8, 6, 6, 2, 2, 16, 8, 2, 16, (4, 16), num_timed=1, every=60),
     "minutes": Scale(64, 2, 64, 512, 16, 100, 120, 30, 30, 32, 4, 4, 32, (4, 16, 64), num_timed=1, every=4),
     "hours": Scale(
-        *(96, 3, 128, 1024, 16, 1500, 1500, 300, 400, 128, 16, 16, 128), (4, 8, 16, 32, 64, 128), num_timed=3
+        *(96, 3, 128, 1024, 16, 2400, 2400, 300, 1000, 128, 16, 16, 128), (4, 8, 16, 32, 64, 128), num_timed=3
     ),
     "gpu": Scale(
         *(768, 12, 1024, 16384, 64, 50_000, 60_000, 2000, 5000, 512, 16, 16, 512), (8, 16, 64, 256, 1024), num_timed=5
@@ -109,8 +116,8 @@ def alpha_of(name: str) -> float | None:
 
 
 def seeds_of(name: str, count: int) -> range:
-    """The seeds of a system."""
-    return range(count if name in CARRYING else 1)
+    """The seeds of a system; a draft head has those of its model."""
+    return range(count if name.removesuffix(HEAD) in CARRYING else 1)
 
 
 def is_autoregressive(name: str) -> bool:
@@ -182,35 +189,34 @@ def baseline_of(name: str, model: EsoForMaskedDiffusion, start_token_id: int) ->
 def settings_of(name: str, scale: Scale) -> list[dict[str, Any]]:
     """All that a system is sampled and scored with.
 
-    Of masked diffusion its steps, and of block diffusion those of each block, to one token a forward. Of an Eso-LM
-    arguments of `generate`: strided and random steps with all tokens in parallel, as many strided ones at its own α_0,
-    entropy bounds, one token a forward, and lossless decoding at 1, its own α_0 and 0. At a small α_0 most forwards
-    are those of the sequential phase: every other number of steps tells enough. With a draft head, what it is for:
-    steps from left to right, and lossless decoding.
+    Masked diffusion, block diffusion (in each block) and Eso-LMs, with a draft head or without, take the same steps in
+    the same orders, to one token a forward. What only `generate` can do is added: as many strided steps at a model's
+    own α_0, entropy bounds, and lossless decoding at 1, the model's α_0 and 0.
     """
     alpha_0 = alpha_of(name)
     if name == "ar":
         return [{}]
-    if name == "mdm":
-        return [{"steps": steps} for steps in (*scale.diffusion_steps, "max")]
     if alpha_0 is None:
-        block_length = int(name.removeprefix("bd"))
-        return [{"steps": steps} for steps in (1, 2, 4, 8, 16, "max") if steps == "max" or steps <= block_length]
+        steps = scale.diffusion_steps if name == "mdm" else powers_of_two(int(name.removeprefix("bd")))
+        return [
+            {"num_steps": count, "unmasking_order": order} for order in UNMASKING_ORDERS for count in (*steps, "max")
+        ]
+    settings = []
+    for order in UNMASKING_ORDERS:
+        settings += [in_order(1.0, order, num_diffusion_steps=count) for count in scale.diffusion_steps]
+        # From left to right, one token a forward is α_0 = 0.
+        settings.append(in_order(0.0 if order == "left_to_right" else 1.0, order, num_diffusion_steps="max"))
+    if 0 < alpha_0 < 1:
+        own = (*scale.diffusion_steps[::2], "max")
+        settings += [in_order(alpha_0, "strided", num_diffusion_steps=count) for count in own]
+    settings += [in_order(1.0, "strided", entropy_bound=bound) for bound in ENTROPY_BOUNDS]
     alphas = sorted({1.0, alpha_0, 0.0}, reverse=True)
-    lossless = [in_order(alpha, "strided", lossless=True, draft_length=DRAFT_LENGTH) for alpha in alphas]
-    if name.endswith(HEAD):
-        steps = [in_order(1.0, "left_to_right", num_diffusion_steps=count) for count in scale.diffusion_steps]
-        return steps + lossless
-    # A model that has never seen masks beside each other has nothing to say in parallel.
-    one_by_one = [in_order(alpha, "strided", num_diffusion_steps="max") for alpha in alphas]
-    if alpha_0 == 0:
-        return [one_by_one[-1], lossless[-1]]
-    orders = ("random", "strided")
-    steps = [in_order(1.0, order, num_diffusion_steps=count) for order in orders for count in scale.diffusion_steps]
-    if alpha_0 < 1:
-        steps += [in_order(alpha_0, "strided", num_diffusion_steps=count) for count in scale.diffusion_steps[::2]]
-    bounded = [in_order(1.0, "strided", entropy_bound=bound) for bound in ENTROPY_BOUNDS]
-    return steps + bounded + one_by_one + lossless
+    return settings + [in_order(alpha, "strided", lossless=True, draft_length=DRAFT_LENGTH) for alpha in alphas]
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, ... up to a limit."""
+    return [2**exponent for exponent in range(limit.bit_length())]
 
 
 def in_order(alpha_0: float, order: str, **how: Any) -> dict[str, Any]:
@@ -248,7 +254,7 @@ def samplers(
 @torch.no_grad()
 def sample_baseline(sampler: Sampler, length: int, setting: dict[str, Any], batch: int) -> torch.LongTensor:
     """A [`Sample`]: the last tokens of a decoding loop."""
-    *_, tokens = sampler.steps(batch, length, *setting.values())
+    *_, tokens = sampler.steps(batch, length, **setting)
     return tokens.clone()
 
 
@@ -261,7 +267,7 @@ def score_baseline(
     sampler: Sampler, setting: dict[str, Any], text: torch.LongTensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A [`Score`], under one plan a row."""
-    log_likelihood, forwards = sampler.log_likelihood(text, *setting.values())
+    log_likelihood, forwards = sampler.log_likelihood(text, **setting)
     return -log_likelihood, torch.full_like(log_likelihood, forwards)
 
 

@@ -88,36 +88,50 @@ def test_a_filled_cache_stands_for_a_context():
 DIFFUSION = {"masked": MaskedDiffusionSampler, "blocks of 2": lambda model: BlockDiffusionSampler(model, 2)}
 
 
-def plan_of(sampler, text, num_steps: int, seed: int) -> list[torch.LongTensor]:
+def plan_of(sampler, text, plan: dict, seed: int) -> list[torch.LongTensor]:
     """The places, (batch, count), that each forward of `log_likelihood` decides with this seed."""
-    plan = []
+    found = []
 
     def note(logits, places):
-        plan.append(places.clone())
+        found.append(places.clone())
         return text.gather(1, places)
 
     torch.manual_seed(seed)
-    for _ in sampler.steps(*text.shape, num_steps, choose=note):
+    for _ in sampler.steps(*text.shape, **plan, choose=note):
         pass
-    return plan
+    return found
 
 
+def test_tokens_that_share_a_forward_stand_where_their_order_says():
+    model, text = randomized_model(), torch.zeros(2, 12, dtype=torch.long)
+    masked, blocks = MaskedDiffusionSampler(model), BlockDiffusionSampler(model, 4)
+    for places in plan_of(masked, text, {"num_steps": 4, "unmasking_order": "strided"}, seed=0):
+        assert places.sort().values.diff().tolist() == [[4, 4]] * 2
+    left_to_right = {"num_steps": "max", "unmasking_order": "left_to_right"}
+    for sampler in (masked, blocks):
+        assert torch.cat(plan_of(sampler, text, left_to_right, seed=0), dim=1)[0].tolist()[:4] == [0, 1, 2, 3]
+    pairs = plan_of(blocks, text, {"num_steps": 2, "unmasking_order": "strided"}, seed=0)
+    assert [sorted((places[0] % 4).tolist()) in ([0, 2], [1, 3]) for places in pairs] == [True] * 6
+
+
+@pytest.mark.parametrize("unmasking_order", ["random", "strided", "left_to_right"])
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 @pytest.mark.parametrize("kind", DIFFUSION)
 @torch.no_grad()
-def test_the_probabilities_of_all_texts_add_up_to_one_under_a_plan(kind, num_steps):
+def test_the_probabilities_of_all_texts_add_up_to_one_under_a_plan(kind, num_steps, unmasking_order):
     """Of five tokens, in blocks of two, two and one."""
     model = randomized_model(vocab_size=3)
     sampler, log_likelihoods = DIFFUSION[kind](model), []
+    plan = {"num_steps": num_steps, "unmasking_order": unmasking_order}
     for text in product(range(2), repeat=5):
         torch.manual_seed(1)  # the same plan for every text
-        log_likelihoods.append(sampler.log_likelihood(torch.tensor([text]), num_steps)[0])
+        log_likelihoods.append(sampler.log_likelihood(torch.tensor([text]), **plan)[0])
     probabilities = torch.cat(log_likelihoods).exp()
     assert probabilities.sum().item() == pytest.approx(1, abs=1e-5)
     assert probabilities.max() > 2 * probabilities.min(), "texts are told apart"
-    if num_steps < 5:
-        plan = plan_of(sampler, torch.zeros(1, 5, dtype=torch.long), num_steps, seed=1)
-        assert len(plan) < 5, "several tokens a forward"
+    if num_steps == 1 or (num_steps == 2 and kind == "masked"):
+        groups = plan_of(sampler, torch.zeros(1, 5, dtype=torch.long), plan, seed=1)
+        assert len(groups) < 5, "several tokens a forward"
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 1000])
@@ -129,7 +143,7 @@ def test_a_text_is_scored_by_what_each_forward_sees(kind, num_steps):
     sampler, text = DIFFUSION[kind](model), random_batch(model, 2, 9)
     block = torch.arange(9) // (9 if kind == "masked" else 2)
     known, expected = torch.full_like(text, MASK), torch.zeros(2)
-    plan = plan_of(sampler, text, num_steps, seed=1)
+    plan = plan_of(sampler, text, {"num_steps": num_steps}, seed=1)
     for places in plan:
         log_probs = dense_logits(model, known, block[:, None] >= block).log_softmax(dim=-1)
         of_text = log_probs.gather(-1, text[..., None])[..., 0]
@@ -140,7 +154,7 @@ def test_a_text_is_scored_by_what_each_forward_sees(kind, num_steps):
     calls = []
     hook = model.register_forward_pre_hook(lambda *_: calls.append(1))
     torch.manual_seed(1)
-    log_likelihood, forwards = sampler.log_likelihood(text, num_steps)
+    log_likelihood, forwards = sampler.log_likelihood(text, num_steps=num_steps)
     hook.remove()
     torch.testing.assert_close(log_likelihood.float(), expected, atol=1e-3, rtol=0)
     # A pass for each step that reveals something, and one to cache each block but the last.
