@@ -3,7 +3,8 @@
 python benchmarks/plateau.py --scale hours   # about twenty minutes on 2 cores
 
 In the first steps such a model learns how frequent tokens are, and for long no more. Each change is trained for as
-many steps as recipes are tried for in `reproduce.py`, with the same text, beside the AR model.
+many steps as recipes are tried for in `reproduce.py`, with the same text, beside the AR model; tries that it has made
+in the same folder are not repeated.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from reporting import table, write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from reproduction_runs import alone_with_corpus, parser_of_runs, run, run_all, tuning_loss
-from reproduction_systems import PLATEAU, SCALES, systems
+from reproduction_systems import PLAIN, PLATEAU, SCALES, systems
 
 SYSTEMS = ("mdm", "eso_1")
 
@@ -41,14 +42,13 @@ def report(results: dict) -> str:
 def main(args: argparse.Namespace) -> None:
     if args.run is not None:
         return run(args.run, args)
-    plain = next(iter(PLATEAU))
-    names = [f"tune:ar:{plain}", *(f"tune:{name}:{recipe}" for recipe in PLATEAU for name in SYSTEMS)]
+    names = [f"tune:ar:{PLAIN}", *(f"tune:{name}:{recipe}" for recipe in PLATEAU for name in SYSTEMS)]
     with alone_with_corpus(args) as corpus:
         run_all(__file__, names, args, "Changes")
         results = {
             "settings": {"hardware": hardware(args.device), "scale": args.scale} | vars(SCALES[args.scale]),
             "losses": {name: {recipe: tuning_loss(name, recipe, args) for recipe in PLATEAU} for name in SYSTEMS},
-            "ar": tuning_loss("ar", plain, args),
+            "ar": tuning_loss("ar", PLAIN, args),
             "unigrams": corpus.ngram_loss(1),
         }
     write_results(args.output, "plateau", results, report(results))

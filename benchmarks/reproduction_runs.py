@@ -311,7 +311,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     else:
         if what in ("tune", "control"):
             steps = scale.tune_steps if what == "tune" else scale.steps
-            recipe, seed = (RECIPES | PLATEAU)[which], 0
+            recipe, seed = PLATEAU[which], 0
         elif system == "judge":
             recipe, steps, seed = RECIPES[best_recipe("ar", args)], scale.judge_steps, int(which)
         else:

@@ -376,7 +376,7 @@ def test_changes_are_tried_against_the_plateau(in_this_process, tmp_path):
     losses = json.loads((tmp_path / "results" / "plateau.json").read_text())["losses"]
     for name in plateau.SYSTEMS:
         assert len(set(losses[name].values())) == len(PLATEAU), "every change changes something"
-    assert "| low variance | " in (tmp_path / "results" / "plateau.md").read_text()
+    assert "| 2e-3 low variance | " in (tmp_path / "results" / "plateau.md").read_text()
 
 
 @pytest.mark.slow
