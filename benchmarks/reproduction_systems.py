@@ -25,7 +25,7 @@ DRAFT_LENGTH = 8  # of lossless decoding: "auto" goes by time, and so by the bat
 HEAD = "+head"  # ends the name of an Eso-LM with a draft head, which is trained for the model of the name before it
 WITH_HEAD = (0.25, 0.0)  # α_0 of those
 ALL_MASKED = ("mdm", "eso_1")  # systems that learn from masks on all sides; trained without any other start too
-CARRYING = ("ar", "mdm", "eso_1", "eso_0.5", "eso_0.25")  # the claims: with every seed, the others with the first
+CARRYING = ("ar", "mdm", "eso_1", "eso_0.25")  # the claims: trained with every seed, the others with the first one
 
 
 @dataclass(frozen=True)
