@@ -5,6 +5,7 @@ A run has a name, "what:system:which". Its results are one file, which is there 
 
 import argparse
 import json
+import math
 import reprlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -116,7 +117,7 @@ def training_arguments(
         per_device_train_batch_size=SCALES[args.scale].batch_size // recipe.parts,
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine",
-        warmup_steps=int(steps * recipe.warm_up),
+        warmup_steps=math.ceil(steps * recipe.warm_up),
         weight_decay=0.01,
         bf16=has_fast_bfloat16(),
         adam_beta2=0.99,
