@@ -253,7 +253,7 @@ def measure(name: str, seed: int, corpus: Corpus, args: argparse.Namespace) -> l
     Each setting is noted when it is done, so that a run that was killed goes on with the next one.
     """
     scale, judge, start = SCALES[args.scale], Judge(corpus, args), corpus.tokenizer.eos_token_id
-    file = folder_of(f"measure:{name}:{seed}", args) / "measure.incomplete.json"
+    file = unfinished_file(f"measure:{name}:{seed}", args)
     points = json.loads(file.read_text())["points"] if file.exists() else []
     for setting, sample, score in samplers(name, load(f"train:{name}:{seed}", args), start, scale):
         if any(point["setting"] == setting for point in points):
@@ -323,6 +323,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         if name == JUDGE:
             record["text"] = judged_text(corpus, args)
     write_atomically(result_file(name, args), record)
+    unfinished_file(name, args).unlink(missing_ok=True)
 
 
 def folder_of(name: str, args: argparse.Namespace) -> Path:
@@ -334,6 +335,11 @@ def folder_of(name: str, args: argparse.Namespace) -> Path:
 def result_file(name: str, args: argparse.Namespace) -> Path:
     """What a run leaves when it is complete."""
     return folder_of(name, args) / f"{name.split(':')[0]}.json"
+
+
+def unfinished_file(name: str, args: argparse.Namespace) -> Path:
+    """What a measurement has so far, until it is complete."""
+    return result_file(name, args).with_suffix(".incomplete.json")
 
 
 def result_of(name: str, args: argparse.Namespace) -> dict:

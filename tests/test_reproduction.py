@@ -8,7 +8,9 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import adaptation
@@ -351,11 +353,7 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
 
     started.clear()
     (tmp_path / "work" / "train_mdm_0" / "train.json").unlink()
-    measured = tmp_path / "work" / "train_bd4_0" / "measure.json"
-    measured.with_suffix(".incomplete.json").write_text(
-        json.dumps({"points": json.loads(measured.read_text())["points"][:5]})
-    )
-    measured.unlink()
+    (tmp_path / "work" / "train_bd4_0" / "measure.json").unlink()
     reproduce.main(reproduce.parse_args(arguments))
     assert started == ["train:mdm:0", "measure:bd4:0"], "what is complete is not run again"
     again = json.loads((tmp_path / "results" / "reproduction.json").read_text())
@@ -365,6 +363,32 @@ def test_the_reproduction_runs_and_is_not_repeated(in_this_process, tmp_path):
     file.write_text(file.read_text().replace('"length": 16', '"length": 17'))
     with pytest.raises(ValueError, match=r"other settings \(before, now\): length \(17, 16\)\. Choose another"):
         reproduce.main(reproduce.parse_args(arguments))
+
+
+def test_a_measurement_that_was_interrupted_goes_on_with_the_next_sampler(monkeypatch, tmp_path):
+    asked = []
+
+    def three_samplers(*args):
+        def score(number, rows):
+            asked.append(number)
+            if asked == [0, 1, 2]:
+                raise KeyboardInterrupt
+            return torch.ones(len(rows)), torch.ones(len(rows))
+
+        for number in range(3):
+            yield {"number": number}, lambda batch: torch.zeros(batch, 16), partial(score, number)
+
+    monkeypatch.setattr(reproduction_runs, "samplers", three_samplers)
+    monkeypatch.setattr(reproduction_runs, "load", lambda *args: None)
+    monkeypatch.setattr(reproduction_runs, "Judge", lambda *args: lambda texts: {"mauve": len(texts)})
+    args = reproduce.parse_args(["--scale", "smoke", "--work", str(tmp_path)])
+    corpus = SimpleNamespace(tokenizer=SimpleNamespace(eos_token_id=0), held_out=torch.zeros(16, 16))
+    (tmp_path / "train_mdm_0").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        reproduction_runs.measure("mdm", 0, corpus, args)
+    points = reproduction_runs.measure("mdm", 0, corpus, args)
+    assert asked == [0, 1, 2, 2]
+    assert [point["setting"]["number"] for point in points] == [0, 1, 2]
 
 
 @pytest.mark.slow
