@@ -50,14 +50,12 @@ UNAIDED = "4e-3"  # the recipe that begins with the objective itself
 PLAIN = "2e-3"
 PLATEAU = {  # what might take a system off the plateau of the unigrams, where it begins; `plateau.py`
     PLAIN: Recipe(2e-3),
-    "1e-3": Recipe(1e-3),
     "2e-3_no_warm_up": Recipe(2e-3, warm_up=0.0),
     "2e-3_half_of_it_warm_up": Recipe(2e-3, warm_up=0.5),
     "2e-3_4_times_the_steps_with_a_quarter_of_the_rows": Recipe(2e-3, parts=4),
     "2e-3_gates_open_and_random_shifts": Recipe(2e-3, fresh="gates"),
     "2e-3_embeddings_of_unit_size": Recipe(2e-3, fresh="embeddings"),
     "2e-3_low_variance": Recipe(2e-3, loss_type="low_var"),
-    "4e-3_low_variance": Recipe(4e-3, loss_type="low_var"),
     "2e-3_short_pieces_first": Recipe(2e-3, first="pieces"),
 } | RECIPES
 
