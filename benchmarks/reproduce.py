@@ -96,7 +96,7 @@ def collect(corpus: Corpus, args: argparse.Namespace) -> dict:
         "unaided": {name: result_of(f"control:{name}:{UNAIDED}", args) for name in ALL_MASKED},
         "judge": result_of(JUDGE, args)["likelihood"],
         "text": result_of(JUDGE, args)["text"],
-        "ngram": {order: corpus.ngram_loss(order) for order in tqdm((1, 2, 3, 5), desc="n-grams")},
+        "ngram": {str(order): corpus.ngram_loss(order) for order in tqdm((1, 2, 3, 5), desc="n-grams")},
         "points": points,
         "history": {name: result_of(f"train:{name}:0", args)["history"] for name in names},
     }

@@ -75,7 +75,8 @@ def draw_line(panel: Axes, points: Iterable[dict], cost: str, value: Callable[[d
 def plot_budgets(results: dict) -> Figure:
     """Exact nats against forwards and seconds: of each system the best sampler at each cost or less."""
     figure, panels = new_figure(12, len(COSTS))
-    points = averaged(results["points"])
+    # What says less than unigrams would only press the rest together.
+    points = [point for point in averaged(results["points"]) if point["nats_per_token"] < results["ngram"]["1"]]
     for panel, cost in zip(panels, COSTS, strict=True):
         for name, title in measured_systems().items():
             mine = frontier([point for point in points if point["system"] == name], cost=cost)

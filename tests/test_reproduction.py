@@ -247,7 +247,12 @@ POINTS = [
     point("eso_1", STRIDED | {"lossless": True}, 8.0, 4.5),
     point("eso_0+head", STRIDED | {"entropy_bound": 4.0}, 6.0, 5.25),
 ]
-SETTINGS = {"settings": {"diffusion_steps": (4, 8), "length": 16}, "points": POINTS, "text": {"entropy": 4.1}}
+SETTINGS = {
+    "settings": {"diffusion_steps": (4, 8), "length": 16},
+    "points": POINTS,
+    "text": {"entropy": 4.1},
+    "ngram": {"1": 6.5},
+}
 
 
 def test_seeds_are_one_point_and_what_they_differ_by():
