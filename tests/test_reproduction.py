@@ -250,7 +250,6 @@ POINTS = [
 SETTINGS = {
     "settings": {"diffusion_steps": (4, 8), "length": 16},
     "points": POINTS,
-    "text": {"entropy": 4.1},
     "ngram": {"1": 6.5},
 }
 
