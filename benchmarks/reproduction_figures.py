@@ -10,8 +10,8 @@ from typing import Any
 from likelihoods import frontier
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from reproduction_report import COSTS, averaged, measured_systems, takes_steps
-from reproduction_systems import ALPHAS, HEAD, systems
+from reproduction_report import COSTS, averaged, takes_steps
+from reproduction_systems import ALPHAS, HEAD, measured_systems, systems
 
 COLORS = dict(
     zip(

@@ -7,18 +7,13 @@ from typing import Any
 
 from likelihoods import describe
 from reporting import table
-from reproduction_systems import systems, systems_with_heads
+from reproduction_systems import measured_systems, systems
 
 COSTS = {
     "forwards": "forwards for {length} tokens",
     "ms_at_1": "milliseconds a text, one at a time",
     "ms_at_16": "milliseconds a text, 16 at a time",
 }
-
-
-def measured_systems() -> dict[str, str]:
-    """All systems whose samplers are measured, and what they are called."""
-    return systems() | systems_with_heads()
 
 
 def averaged(points: list[dict]) -> list[dict]:

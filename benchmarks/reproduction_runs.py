@@ -36,12 +36,11 @@ from reproduction_systems import (
     alpha_of,
     first_objective,
     is_autoregressive,
+    measured_systems,
     new_model,
     objective_of,
     samplers,
     settings_of,
-    systems,
-    systems_with_heads,
 )
 from resumable_runs import last_whole_checkpoint, train_or_go_on, write_atomically
 from text_data import hold_out_twentieth, pack, python_documents, train_tokenizer
@@ -306,7 +305,7 @@ def run(name: str, args: argparse.Namespace) -> None:
     if what == "measure":
         record: dict[str, Any] = {"points": measure(system, int(which), corpus, args)}
     elif what == "time":
-        record = {"points": time_samples([*systems(), *systems_with_heads()], corpus, args)}
+        record = {"points": time_samples(list(measured_systems()), corpus, args)}
     elif system.endswith(HEAD):
         record = {"history": train_head(system, int(which), folder, corpus, args)}
     else:
@@ -371,7 +370,7 @@ def require_same_settings(args: argparse.Namespace) -> None:
         "head": vars(HEAD_RECIPE),
         "head_rank": HEAD_RANK,
     }
-    sampled = {name: settings_of(name, SCALES[args.scale]) for name in (*systems(), *systems_with_heads())}
+    sampled = {name: settings_of(name, SCALES[args.scale]) for name in measured_systems()}
     now = json.loads(
         json.dumps({"scale": args.scale, "device": args.device} | scale | trained | {"samplers": sampled})
     )

@@ -47,7 +47,7 @@ RECIPES = {  # each system is trained with the best for it
     "4e-3": Recipe(4e-3),
 }
 UNAIDED = "4e-3"  # the recipe that begins with the objective itself
-PLAIN = "2e-3"
+PLAIN = "2e-3"  # what each change is made to
 PLATEAU = {  # what might take a system off the plateau of the unigrams, where it begins; `plateau.py`
     PLAIN: Recipe(2e-3),
     "2e-3_no_warm_up": Recipe(2e-3, warm_up=0.0),
@@ -104,6 +104,11 @@ def systems() -> dict[str, str]:
 def systems_with_heads() -> dict[str, str]:
     """The same of draft heads on top of some of them."""
     return {f"eso_{a:g}{HEAD}": f"Eso-LM, α₀ = {a:g}, draft head" for a in WITH_HEAD}
+
+
+def measured_systems() -> dict[str, str]:
+    """All systems whose samplers are measured, and what they are called."""
+    return systems() | systems_with_heads()
 
 
 def alpha_of(name: str) -> float | None:
